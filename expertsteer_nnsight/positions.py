@@ -1,0 +1,145 @@
+"""Which tokens a running forward holds: real ones, prepended special ones, prompt and completion.
+
+A position belongs to the *completion* if its output predicts a new token, and to the *prompt* otherwise. The last
+prompt token, whose output predicts the first new one, is therefore the completion's first position, and every real
+position belongs to exactly one of the two. `from_step=k` keeps the completion from the position that predicts new
+token k on (0: the last prompt token; 1: the first generated token).
+
+This module also runs on servers: torch and nnsight are all that it may need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._nnsight import current_step, passed
+
+WHERE = ("all", "prompt", "completion")
+
+
+def prefix_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The special tokens that `tokenizer` puts before every text, such as Gemma's `<bos>`; often none.
+
+    Found by what the tokenizer does, never by an id's name: SmolLM2's "bos" id is `<|im_start|>`, which it does not
+    prepend and which a chat holds several times.
+    """
+    if tokenizer is None:
+        return ()
+    with_special = list(tokenizer("a")["input_ids"])
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return tuple(with_special[:start])
+    return ()
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """The tokens of one forward pass of a traced model; read it at the top of a step, before any layer.
+
+    Attributes:
+        real: `[row, position]` bool: not padding.
+        prefix: `[row, position]` bool: a special token that the tokenizer put before the text.
+        index: `[row, position]` long: which real token of its row a position is, counted from 0 over the whole run.
+        step: 0 for the prompt's forward, s for the s-th decode step.
+        past: number of cached positions before this forward.
+    """
+
+    real: Tensor
+    prefix: Tensor
+    index: Tensor
+    step: int
+    past: int
+
+    @classmethod
+    def read(cls, model: Any, prefix: tuple[int, ...] | None = None) -> Positions:
+        """Reads the root's inputs inside a trace. Works in the prompt's forward and in every decode step.
+
+        Args:
+            model: the traced model.
+            prefix: ids that the tokenizer prepends; found from `model.tokenizer` if not given.
+
+        Raises:
+            RuntimeError: outside a trace, or after the model has read its inputs in this step.
+        """
+        what = "Positions.read(model)"
+        step = current_step(model, what)
+        if passed(model, "input", step, what):
+            raise RuntimeError(
+                "The positions come from the model's inputs, which are before every layer, and this block has already "
+                "read a later value in this step: read positions = Positions.read(model) at the top of the step."
+            )
+        args, kwargs = model.inputs
+        tokens = kwargs.get("input_ids", kwargs.get("input", args[0] if args else None))
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        mask = kwargs.get("attention_mask")
+        if isinstance(tokens, (str, list)):
+            tokens, mask = _bridge_tokens(model, tokens)
+        if not isinstance(tokens, Tensor):
+            raise RuntimeError(
+                f"The model was called without input_ids or text, so its positions are unknown: {list(kwargs)}."
+            )
+        ids = tokens if tokens.ndim == 2 else None
+        rows, q = tokens.shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if mask is None or mask.ndim != 2:
+            mask = torch.ones(rows, past + q, dtype=torch.long, device=tokens.device)
+        mask = mask[:, : past + q]
+        real = mask[:, -q:].bool()
+        index = (mask.long().cumsum(1) - 1)[:, -q:]
+        prefix = prefix_ids(getattr(model, "tokenizer", None)) if prefix is None else prefix
+        special = torch.zeros_like(real)
+        for k, token in enumerate(prefix):
+            at = real & (index == k)
+            special |= at if ids is None else at & (ids == token)
+        return cls(real, special, index, step, past)
+
+    def _completion_step(self, prompt_lengths: Any) -> Tensor:
+        """`[row, position]`: which new token a position's output predicts (negative: a prompt token)."""
+        if prompt_lengths is not None:
+            lengths = torch.as_tensor(prompt_lengths, device=self.real.device)
+            if lengths.ndim != 1 or len(lengths) != len(self.real):
+                raise ValueError(
+                    f"prompt_lengths needs one number a row: {len(self.real)} rows, got {tuple(lengths.shape)}."
+                )
+            return self.index - (lengths[:, None] - 1)
+        q = self.real.shape[1]
+        if self.step > 0 and self.past > 0 and q > 1:
+            raise ValueError(
+                f"Decode step {self.step} brings {q} tokens at once (chunked prefill or assisted generation), so prompt and "
+                f"completion cannot be told apart: steer all positions, or pass prompt_lengths=."
+            )
+        if self.step > 0 and self.past > 0:
+            return torch.full_like(self.index, self.step)
+        # the prompt's own forward, or a decode step that runs everything again for want of a cache
+        return self.index - (self.index.amax(1, keepdim=True) - self.step)
+
+    def mask(
+        self, where: str = "all", from_step: int = 0, skip_special: bool = True, prompt_lengths: Any = None
+    ) -> Tensor:
+        """`[row, position]` bool: the positions that `where` names; never padding."""
+        chosen = self.real & ~self.prefix if skip_special else self.real
+        if where == "all" and from_step == 0:
+            return chosen
+        step = self._completion_step(prompt_lengths)
+        if where == "prompt":
+            return chosen & (step < 0)
+        return chosen & (step >= from_step)
+
+
+def _bridge_tokens(model: Any, texts: Any) -> tuple[Tensor, Tensor]:
+    """Tokens and mask of the strings that a TransformerBridge was called with (it pads on the tokenizer's side)."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    module = model._module
+    tokens = module.to_tokens(texts)
+    lengths = torch.tensor([module.to_tokens(t).shape[1] for t in texts], device=tokens.device)
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    left = getattr(module.tokenizer, "padding_side", "right") == "left"
+    real = columns >= tokens.shape[1] - lengths[:, None] if left else columns < lengths[:, None]
+    return tokens, real.long()

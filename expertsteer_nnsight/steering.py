@@ -1,0 +1,331 @@
+"""Steering vectors and plans: what is added to which layer, at which tokens, how strongly.
+
+A plan is frozen. `plan.apply(model)` edits inside the user's own trace; `plan.attach(model)` gives an edited model whose
+every later trace and generation is steered. What runs in a trace may be sent to a server, so those functions need
+torch and nnsight alone, and their annotations are strings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnsight.intervention.iterator import Iterations
+from torch import Tensor
+
+from ._nnsight import batch_rows, current_step, invoke_rows, passed, quiet_end
+from ._numeric import unit
+from .identity import ModelIdentity
+from .positions import WHERE, Positions, prefix_ids
+from .residual import Residual
+
+FORMAT_VERSION = 1
+
+
+def _add(h: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    return h + size * v
+
+
+def _add_keep_norm(h: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    moved = h + size * v
+    return moved * (h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(1e-30))
+
+
+def _project_out(h: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    return h - size * (h * v).sum(-1, keepdim=True) * v
+
+
+def _clamp(h: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    return h + (size - (h * v).sum(-1, keepdim=True)) * v
+
+
+# h [row, position, hidden], v unit [row or 1, 1, hidden], size [row or 1, 1, 1] in the stream's own units
+OPS = {"add": _add, "add_keep_norm": _add_keep_norm, "project_out": _project_out, "clamp": _clamp}
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """A direction with a layer and a strength.
+
+    With h the residual stream at a position, v the direction, s = strength x residual_norm:
+
+    - `add`: h + s v
+    - `add_keep_norm`: (h + s v) scaled back to the norm of h (arXiv 2606.06735)
+    - `clamp`: h with its component along v set to s
+    - `project_out`: h - strength (h·v) v; strength 1 takes the component away, and residual_norm plays no part
+
+    Attributes:
+        layer: decoder layer of the target, counted from 0; its output is edited.
+        direction: `[hidden]`, or `[row, hidden]` for one a row of the batch; stored as unit vectors, float32.
+        strength: in residual norms if `residual_norm` is given, else in the stream's own units; a number, or one a row.
+        residual_norm: median norm of the target's residual stream at this layer (`Activations.norm`).
+        op: one of `add`, `add_keep_norm`, `project_out`, `clamp`.
+        where: `all`, `prompt` or `completion` (see `positions`).
+        from_step: with `completion`: the first new token whose prediction is steered.
+        skip_special: leave special tokens that the tokenizer prepends (`<bos>`) as they are.
+
+    Raises:
+        ValueError: zero, NaN or infinite directions or strengths, unknown op or where, a negative layer.
+    """
+
+    layer: int
+    direction: Tensor
+    strength: float | Tensor = 1.0
+    residual_norm: float | None = None
+    op: str = "add"
+    where: str = "all"
+    from_step: int = 0
+    skip_special: bool = True
+
+    def __post_init__(self) -> None:
+        direction = torch.as_tensor(self.direction).detach()
+        if direction.ndim not in (1, 2):
+            raise ValueError(f"direction must be [hidden] or [row, hidden], but has shape {tuple(direction.shape)}.")
+        set_ = object.__setattr__
+        set_(self, "direction", unit(direction.to(torch.float64), f"The direction of layer {self.layer}").float())
+        strength = self.strength
+        if not isinstance(strength, (int, float)):
+            strength = torch.as_tensor(strength, dtype=torch.float32).detach()
+            strength = strength.item() if strength.ndim == 0 else strength
+        set_(self, "strength", strength if isinstance(strength, Tensor) else float(strength))
+        if not torch.isfinite(torch.as_tensor(self.strength)).all():
+            raise ValueError(f"The strength of layer {self.layer} is {strength}: it must be finite.")
+        if self.residual_norm is not None and not 0 < self.residual_norm < float("inf"):
+            raise ValueError(f"residual_norm must be a positive number, got {self.residual_norm}.")
+        if self.layer < 0:
+            raise ValueError(f"Layers count from 0, got {self.layer}: use Residual(model).index({self.layer}).")
+        if self.op not in OPS:
+            raise ValueError(f"Unknown op {self.op!r}: choose one of {', '.join(OPS)}.")
+        if self.where not in WHERE:
+            raise ValueError(f"Unknown where {self.where!r}: choose one of {', '.join(WHERE)}.")
+        if self.from_step and (self.where != "completion" or self.from_step < 0):
+            raise ValueError(
+                f'from_step={self.from_step} counts new tokens: it needs where="completion" and must be >= 0.'
+            )
+        if self.rows == -1:
+            raise ValueError(
+                f"{len(self.direction)} directions but {len(self.strength)} strengths at layer {self.layer}."
+            )  # type: ignore[arg-type]
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows a batch must have, or None where every row gets the same (-1: contradictory)."""
+        sizes = {
+            len(t)
+            for t in (self.direction if self.direction.ndim == 2 else None, self.strength)
+            if isinstance(t, Tensor)
+        }
+        return None if not sizes else sizes.pop() if len(sizes) == 1 else -1
+
+    @property
+    def length(self) -> float | Tensor:
+        """s of the formulas above: strength x residual_norm, in the stream's own units (strength alone for `project_out`)."""
+        return self.strength if self.op == "project_out" else self.strength * (self.residual_norm or 1.0)
+
+    def edit(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`h` `[row, position, hidden]` steered where `mask` `[row, position]` is true; sums in float32 or wider."""
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        wide = h.to(dtype)
+        v = self.direction.to(wide.device, dtype)
+        v = v[:, None] if v.ndim == 2 else v[None, None]
+        size = torch.as_tensor(self.length).to(wide.device, dtype).reshape(-1, 1, 1)
+        new = OPS[self.op](wide, v, size).to(h.dtype)
+        return new if mask is None else torch.where(mask[..., None], new, h)
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringPlan:
+    """The steering vectors of one intervention, and where they came from.
+
+    Attributes:
+        vectors: in the order of their layers (vectors of one layer act in the order given).
+        target: identity of the model they were made for; None fits any model of the same width.
+        info: what is known of their making: expert, aligner and its held-out fit, layer pairs and scores, direction
+            method, position rule, calibration, receipt, hashes, library versions. Plain JSON values.
+    """
+
+    vectors: tuple[SteeringVector, ...]
+    target: ModelIdentity | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        vectors = (self.vectors,) if isinstance(self.vectors, SteeringVector) else tuple(self.vectors)
+        if not vectors:
+            raise ValueError("A plan needs at least one SteeringVector.")
+        widths = {v.direction.shape[-1] for v in vectors}
+        if len(widths) > 1:
+            raise ValueError(f"The vectors of one plan must have one width, but have {sorted(widths)}.")
+        object.__setattr__(self, "vectors", tuple(sorted(vectors, key=lambda v: v.layer)))
+        object.__setattr__(self, "info", dict(self.info))
+
+    # -- algebra ---------------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The steered layers, ascending, each once."""
+        return tuple(sorted({v.layer for v in self.vectors}))
+
+    def __add__(self, other: SteeringPlan) -> SteeringPlan:
+        """Both plans' vectors in one plan (what a trace needs: two plans applied one after the other are out of order).
+
+        Raises:
+            ValueError: they are for different models.
+        """
+        if self.target and other.target:
+            self.target.check(other.target, "Two plans cannot be added")
+        return SteeringPlan(
+            self.vectors + other.vectors, self.target or other.target, {"sum_of": [self.info, other.info]}
+        )
+
+    def __mul__(self, factor: float) -> SteeringPlan:
+        return replace(self, vectors=tuple(replace(v, strength=v.strength * factor) for v in self.vectors))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SteeringPlan:
+        return self * -1.0
+
+    def with_(self, **changes: Any) -> SteeringPlan:
+        """The same plan with fields of every vector changed: `plan.with_(strength=0.3, where="completion")`."""
+        return replace(self, vectors=tuple(replace(v, **changes) for v in self.vectors))
+
+    def with_directions(self, directions: Sequence[Tensor]) -> SteeringPlan:
+        """The same plan with other directions, one a vector in the order of `vectors`."""
+        pairs = zip(self.vectors, directions, strict=True)
+        return replace(self, vectors=tuple(replace(v, direction=d) for v, d in pairs))
+
+    # -- use -------------------------------------------------------------------------------------------------------
+
+    def check(self, model: Any, any_id: bool = False) -> Residual:
+        """The model's residual stream, if the plan fits the model.
+
+        Raises:
+            ValueError: the width, the depth or the id differs (`any_id=True` overrides the id alone).
+        """
+        residual = Residual(model)
+        width = self.vectors[0].direction.shape[-1]
+        if residual.hidden_size is not None and residual.hidden_size != width:
+            raise ValueError(
+                f"The plan's vectors have width {width}, but the model's residual stream has {residual.hidden_size}."
+            )
+        if self.layers[-1] >= residual.n_layers:
+            raise ValueError(
+                f"The plan steers layer {self.layers[-1]}, but the model has layers 0 to {residual.n_layers - 1}."
+            )
+        if self.target is not None:
+            self.target.check(ModelIdentity.of(model), "This plan cannot steer the model", any_id)
+        return residual
+
+    def apply(
+        self, model: Any, positions: Positions | None = None, prompt_lengths: Any = None, any_id: bool = False
+    ) -> None:
+        """Steers inside the current trace, in the current forward pass.
+
+        In `generate`, put it at the top of `for _ in tracer.iter[:]:`; outside such a loop nnsight runs a block on the
+        prompt's forward only. Call it before reading any later layer.
+
+        Args:
+            model: the traced model.
+            positions: `Positions.read(model)`, where the block has read layers before this call.
+            prompt_lengths: one a row, in real tokens: where the completion starts in a teacher-forced trace.
+            any_id: steer a model of another id (width and depth must fit).
+
+        Raises:
+            RuntimeError: outside a trace; or the model has already run past a layer of the plan in this step.
+            ValueError: the plan does not fit the model or the batch; rows or positions that cannot be told apart.
+        """
+        what = "plan.apply(model)"
+        step = current_step(model, what)
+        residual = self.check(model, any_id)
+        prefix = prefix_ids(getattr(model, "tokenizer", None))
+        with quiet_end(step):
+            if positions is None and any(_needs_positions(v, prefix) for v in self.vectors):
+                positions = Positions.read(model, prefix)
+            for vector in self.vectors:
+                if passed(residual.layers[vector.layer], "output", step, what):
+                    raise RuntimeError(
+                        f"The plan steers layer {vector.layer}, which the model has already run past in step {step}: apply the "
+                        f"plan before reading later layers, and merge plans with + instead of applying one after another."
+                    )
+                h = residual.read(vector.layer)
+                _check_rows(vector, h, what, positions is not None)
+                mask = None
+                if positions is not None:
+                    mask = positions.mask(vector.where, vector.from_step, vector.skip_special, prompt_lengths).to(
+                        h.device
+                    )
+                residual.write(vector.layer, vector.edit(h, mask))
+
+    def attach(self, model: Any, any_id: bool = False) -> Any:
+        """A copy of `model` (sharing its weights) whose every trace and generation is steered, on every decode step.
+
+        The copy composes with any other nnsight code. Per-row strengths index the rows of the whole batch.
+
+        Raises:
+            ValueError: the plan does not fit the model.
+        """
+        self.check(model, any_id)
+        plan = self
+        with model.edit() as (_tracer, edited):
+            _every_step(plan, edited, any_id)
+        return edited
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Writes one `.safetensors` file: the tensors, and a JSON header with everything else."""
+        from .plan_file import save_plan
+
+        return save_plan(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SteeringPlan:
+        """Reads what `save` wrote; never unpickles.
+
+        Raises:
+            ValueError: the file is no plan, or of a newer format.
+        """
+        from .plan_file import load_plan
+
+        return load_plan(path)
+
+    def __repr__(self) -> str:
+        lines = [f"SteeringPlan for {self.target or 'any model'}"]
+        for v in self.vectors:
+            strength = "per row" if isinstance(v.strength, Tensor) else f"{v.strength:.3g}"
+            known = "" if v.residual_norm is None else f" residual norms (of {v.residual_norm:.4g})"
+            where = v.where + (f" from step {v.from_step}" if v.from_step else "")
+            lines.append(f"  layer {v.layer:>3}  {v.op} {strength}{known}, {where} positions")
+        lines += [f"  {k}: {_short(v)}" for k, v in self.info.items()]
+        return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _needs_positions(vector: SteeringVector, prefix: tuple[int, ...]) -> bool:
+    # a vector at every position reads nothing from the root: padding cannot be seen by any real token
+    return vector.where != "all" or (vector.skip_special and bool(prefix))
+
+
+def _check_rows(vector: SteeringVector, h: Tensor, what: str, masked: bool) -> None:
+    own, whole = invoke_rows(what), batch_rows(what)
+    expected = own if own is not None else whole
+    if expected is not None and len(h) != expected and (own is not None or vector.rows is not None):
+        raise ValueError(
+            f"This block owns {expected} rows, but the layer has {len(h)}: beams, num_return_sequences or repeated rows mix "
+            f"the rows of a batch, so they cannot be steered apart. Use one invoke and one strength, or plan.attach(model)."
+        )
+    if vector.rows is not None and vector.rows != len(h):
+        raise ValueError(f"The plan has vectors or strengths for {vector.rows} rows, but the batch has {len(h)}.")
+
+
+def _every_step(plan: SteeringPlan, model: Any, any_id: bool) -> None:
+    for _ in Iterations()[:]:
+        plan.apply(model, any_id=any_id)
