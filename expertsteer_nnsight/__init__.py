@@ -1,5 +1,85 @@
-"""Steer one language model with vectors made from another, inside nnsight traces."""
+"""Steer one language model with vectors made from another, inside nnsight traces (after ExpertSteer, arXiv 2505.12313)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
-__all__ = ["__version__"]
+# name -> module: public names are imported when first used, so that `import expertsteer_nnsight` costs next to nothing
+_HOMES = {
+    "Activations": "activations",
+    "collect": "activations",
+    "Aligner": "alignment",
+    "AutoencoderAligner": "autoencoder",
+    "CovarianceAligner": "alignment",
+    "IdentityAligner": "alignment",
+    "ProcrustesAligner": "alignment",
+    "RidgeAligner": "alignment",
+    "permuted_directions": "controls",
+    "find_direction": "directions",
+    "ExpertSteer": "expert_steer",
+    "random_plans": "expert_steer",
+    "untrained_like": "expert_steer",
+    "match_layers": "layer_matching",
+    "Positions": "positions",
+    "Probe": "receipts",
+    "Receipt": "receipts",
+    "measure": "receipts",
+    "RecursiveFeatureMachine": "rfm",
+    "Residual": "residual",
+    "SteeringPlan": "steering",
+    "SteeringVector": "steering",
+    "ContrastPairs": "texts",
+    "example": "texts",
+}
+if TYPE_CHECKING:
+    from .activations import Activations as Activations
+    from .activations import collect as collect
+    from .alignment import (
+        Aligner as Aligner,
+    )
+    from .alignment import (
+        CovarianceAligner as CovarianceAligner,
+    )
+    from .alignment import (
+        IdentityAligner as IdentityAligner,
+    )
+    from .alignment import (
+        ProcrustesAligner as ProcrustesAligner,
+    )
+    from .alignment import (
+        RidgeAligner as RidgeAligner,
+    )
+    from .autoencoder import AutoencoderAligner as AutoencoderAligner
+    from .controls import permuted_directions as permuted_directions
+    from .directions import find_direction as find_direction
+    from .expert_steer import ExpertSteer as ExpertSteer
+    from .expert_steer import random_plans as random_plans
+    from .expert_steer import untrained_like as untrained_like
+    from .layer_matching import match_layers as match_layers
+    from .positions import Positions as Positions
+    from .receipts import Probe as Probe
+    from .receipts import Receipt as Receipt
+    from .receipts import measure as measure
+    from .residual import Residual as Residual
+    from .rfm import RecursiveFeatureMachine as RecursiveFeatureMachine
+    from .steering import SteeringPlan as SteeringPlan
+    from .steering import SteeringVector as SteeringVector
+    from .texts import ContrastPairs as ContrastPairs
+    from .texts import example as example
+
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

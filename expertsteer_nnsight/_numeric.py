@@ -6,25 +6,42 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from torch import Tensor
 
 
-def as_matrix(x: Any, name: str = "X") -> Tensor:
-    """`x` as a float64 `[rows, columns]` tensor on its own device.
+def as_matrix(x: Any, name: str = "X", flat: bool = False) -> Tensor:
+    """`x` (a tensor, or what numpy takes for an array of numbers) as a float64 `[rows, columns]` tensor on its device.
+
+    Args:
+        x: the numbers.
+        name: what errors call it.
+        flat: take `[rows]` for one column, as scikit-learn does for a target.
 
     Raises:
-        ValueError: `x` is not two-dimensional, is empty, or holds NaN or infinity.
+        TypeError: `x` is sparse, or holds objects that are no numbers.
+        ValueError: `x` is complex, not two-dimensional, empty, or holds NaN or infinity.
     """
-    t = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
-    if t.is_complex():
+    if issparse(x) or (isinstance(x, Tensor) and x.layout != torch.strided):
+        raise TypeError(f"{name} is sparse: hidden states are dense; pass its toarray() or to_dense().")
+    array = x if isinstance(x, Tensor) else np.asarray(x)
+    if torch.is_complex(array) if isinstance(array, Tensor) else np.iscomplexobj(array):
         raise ValueError(f"Complex data not supported: {name} is complex.")
-    t = t.to(torch.float64)
+    if isinstance(array, Tensor):
+        t = array.detach().to(torch.float64)
+    else:  # contiguous and writeable: torch takes no negative strides, and warns of read-only memory
+        t = torch.as_tensor(np.require(array, np.float64, ["C", "W"]))
+    if flat and t.ndim == 1:
+        t = t[:, None]
     if t.ndim != 2:
         raise ValueError(
             f"Expected 2D array: {name} must be [rows, columns], but has shape {tuple(t.shape)}. Reshape your data."
         )
     if 0 in t.shape:
-        raise ValueError(f"{name} has shape {tuple(t.shape)}: it needs at least one row and one column.")
+        raise ValueError(
+            f"{name} has {len(t)} sample(s) and {t.shape[1]} feature(s) (shape={tuple(t.shape)}) while a minimum of 1 "
+            "is required."
+        )
     if not torch.isfinite(t).all():
         raise ValueError(f"{name} has NaN or infinity in {int((~torch.isfinite(t)).any(1).sum())} of {len(t)} rows.")
     return t

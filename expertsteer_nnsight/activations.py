@@ -210,11 +210,11 @@ def _open_cache(folder: Path, settings: dict[str, Any]) -> None:
                 f"The cache {folder} was made with another {', '.join(differ)}: pass another folder, or delete this one."
             )
         return
-    if any(folder.iterdir()):
+    temporary = manifest.with_suffix(".partial")
+    if any(file != temporary for file in folder.iterdir()):
         raise ValueError(
             f"The folder {folder} is not empty and holds no activations: pass an empty or a new one as cache=."
         )
-    temporary = manifest.with_suffix(".partial")
     temporary.write_text(json.dumps(settings))
     os.replace(temporary, manifest)
 

@@ -7,8 +7,9 @@ compared with the unsteered one of its own forward. KL is KL(steered || unsteere
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import nnsight
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .positions import Positions
+from .residual import Residual
 from .steering import SteeringPlan, SteeringVector
 from .texts import as_texts, encode
 
@@ -59,7 +62,7 @@ def stack(plans: Sequence[SteeringPlan]) -> SteeringPlan:
     return SteeringPlan(tuple(vectors), plans[0].target)
 
 
-def row_costs(logits: Tensor, ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
+def row_costs(logits: Tensor, ids: Tensor, start: int) -> list[Tensor]:
     """KL(row || row 0) `[row, token]` and NLL of the next token `[row, token - 1]`, from position `start` on, in nats.
 
     Runs inside the trace: row by row, so that no second copy of the logits is made.
@@ -70,7 +73,68 @@ def row_costs(logits: Tensor, ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
         mine = torch.log_softmax(row[start:].float(), -1)
         kl.append((mine.exp() * (mine - base)).sum(-1).clamp_min(0))
         nll.append(-mine[:-1].gather(-1, ids[start + 1 :, None])[:, 0])
-    return torch.stack(kl), torch.stack(nll)
+    return [torch.stack(kl), torch.stack(nll)]
+
+
+def _prefix_state(model: Any, residual: Residual, ids: list[int], layer: int) -> Tensor | None:
+    """Output `[1, position, hidden]` of `layer` for one unsteered text; None where a layer puts out no plain tensor."""
+    tokens = torch.tensor([ids])
+    block = residual.layers[layer]
+    with torch.no_grad(), model.trace({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}) as tracer:
+        output = nnsight.save(block.output)
+        tracer.stop()
+    return output if isinstance(output, Tensor) else None
+
+
+def _rows(
+    model: Any,
+    plans: Sequence[SteeringPlan],
+    texts: Any,
+    reduce: Callable[[Tensor, Tensor, int], list[Tensor]],
+    *,
+    rows: int,
+    progress: bool,
+    label: str,
+) -> list[list[Tensor]]:
+    """For each text, what `reduce(logits, ids, prefix)` makes of row 0 (unsteered) and of a row for each plan.
+
+    Rows that share a forward differ from the first steered layer on, so the layers before it run once, for one row.
+    """
+    residual = Residual(model)
+    encoded = [encode(model.tokenizer, t) for t in as_texts(texts)]
+    order = sorted(range(len(plans)), key=lambda i: plans[i].layers)
+    chunks = [list(c) for _, g in groupby(order, key=lambda i: plans[i].layers) for c in _batches(list(g), rows)]
+    found: list[list[list[Tensor]]] = []
+    with tqdm(total=len(chunks) * len(encoded), desc=label, unit="forward", disable=not progress) as bar:
+        for chunk in chunks:
+            steered, mine = stack([plans[i] for i in chunk]), []
+            first = steered.layers[0]
+            for ids, prefix in encoded:
+                tokens = torch.tensor([ids] * (len(chunk) + 1))
+                state = _prefix_state(model, residual, ids, first - 1) if first > 0 else None
+                shared = [] if state is None else [residual.layers[i] for i in range(first)]
+                with torch.no_grad(), model.trace({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}):
+                    positions = Positions.read(model)
+                    for block in shared:
+                        block.skip(state.expand(len(tokens), -1, -1))
+                    steered.apply(model, positions)
+                    logits = model.output.logits
+                    values = nnsight.save(reduce(logits, tokens[0].to(logits.device), prefix))
+                mine.append([v.cpu() for v in values])
+                bar.update()
+            found.append(mine)
+    place = [0, *(1 + torch.tensor([i for c in chunks for i in c]).argsort()).tolist()]
+    joined = []
+    for per_chunk in zip(*found, strict=True):
+        parts = [
+            torch.cat([c[k] if n == 0 else c[k][1:] for n, c in enumerate(per_chunk)]) for k in range(len(per_chunk[0]))
+        ]
+        joined.append([p[place] for p in parts])
+    return joined
+
+
+def _batches(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def costs(
@@ -85,26 +149,8 @@ def costs(
         rows: plans a forward.
         progress: show a progress bar.
     """
-    encoded = [encode(model.tokenizer, t) for t in as_texts(texts)]
-    kls: list[list[Tensor]] = []
-    nlls: list[list[Tensor]] = []
-    chunks = [list(plans[i : i + rows]) for i in range(0, len(plans), rows)]
-    with tqdm(total=len(chunks) * len(encoded), desc="KL on neutral text", unit="forward", disable=not progress) as bar:
-        for chunk in chunks:
-            steered, found_kl, found_nll = stack(chunk), [], []
-            for ids, prefix in encoded:
-                tokens = torch.tensor([ids] * (len(chunk) + 1))
-                with torch.no_grad(), model.trace({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}):
-                    steered.apply(model)
-                    logits = model.output.logits
-                    kl, nll = nnsight.save(row_costs(logits, tokens[0].to(logits.device), prefix))
-                found_kl.append(kl.cpu())
-                found_nll.append(nll.cpu())
-                bar.update()
-            keep = slice(None) if not kls else slice(1, None)
-            kls.append(torch.cat(found_kl, 1)[keep])
-            nlls.append(torch.cat(found_nll, 1)[keep])
-    return torch.cat(kls), torch.cat(nlls)
+    found = _rows(model, plans, texts, row_costs, rows=rows, progress=progress, label="KL on neutral text")
+    return torch.cat([kl for kl, _ in found], 1), torch.cat([nll for _, nll in found], 1)
 
 
 def word_scores(
@@ -117,9 +163,12 @@ def word_scores(
     rows: int = 96,
     progress: bool = False,
 ) -> Tensor:
-    """Log-odds of `positive` over `negative` next words after each prompt, `[1 + plan, prompt]`, in nats; row 0 unsteered.
+    """Log-odds of `positive` over `negative` next words after each prompt, `[1 + plan, prompt]`, nats; row 0 unsteered.
 
     A word counts with its first token after a space.
+
+    Raises:
+        ValueError: a positive and a negative word begin with the same token.
     """
 
     def first(words: Sequence[str]) -> list[int]:
@@ -128,24 +177,13 @@ def word_scores(
     up, down = first(positive), first(negative)
     if set(up) & set(down):
         raise ValueError("Some positive and negative words begin with the same token: choose words that differ there.")
-    encoded = [encode(model.tokenizer, t)[0] for t in as_texts(prompts)]
-    scores = []
-    with tqdm(
-        total=-(-len(plans) // rows) * len(encoded), desc="effect on prompts", unit="forward", disable=not progress
-    ) as bar:
-        for i in range(0, len(plans), rows):
-            chunk = list(plans[i : i + rows])
-            steered, found = stack(chunk), []
-            for ids in encoded:
-                tokens = torch.tensor([ids] * (len(chunk) + 1))
-                with torch.no_grad(), model.trace({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}):
-                    steered.apply(model)
-                    last = model.output.logits[:, -1].float()
-                    odds = nnsight.save(last[:, up].logsumexp(-1) - last[:, down].logsumexp(-1))
-                found.append(odds.cpu())
-                bar.update()
-            scores.append(torch.stack(found, 1)[slice(None) if i == 0 else slice(1, None)])
-    return torch.cat(scores)
+
+    def odds(logits: Tensor, ids: Tensor, prefix: int) -> list[Tensor]:
+        last = logits[:, -1].float()
+        return [last[:, up].logsumexp(-1) - last[:, down].logsumexp(-1)]
+
+    found = _rows(model, plans, prompts, odds, rows=rows, progress=progress, label="effect on prompts")
+    return torch.stack([score for (score,) in found], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +193,16 @@ class Calibration:
     Attributes:
         strength: total strength of each plan, in residual norms: the root of the summed squares over its layers.
         kl: the KL quantile there, in nats.
+        nll: mean negative log-likelihood of the neutral texts there, nats a token.
+        unsteered_nll: the same without steering.
         met: whether `kl` is within `tolerance` of the budget.
         curve: for each plan, every (strength, KL) that was tried, ascending.
     """
 
     strength: Tensor
     kl: Tensor
+    nll: Tensor
+    unsteered_nll: float
     met: Tensor
     curve: list[list[tuple[float, float]]]
 
@@ -170,7 +212,7 @@ def total_strength(plan: SteeringPlan) -> float:
     return math.sqrt(sum(float(v.strength) ** 2 for v in plan.vectors))
 
 
-def with_total(plan: SteeringPlan, strength: float) -> SteeringPlan:
+def with_total(plan: SteeringPlan, strength: float | int) -> SteeringPlan:
     """The plan scaled to a total strength; its own must not be zero."""
     return plan * (strength / total_strength(plan))
 
@@ -179,13 +221,13 @@ def calibrate_many(
     model: Any,
     plans: Sequence[SteeringPlan],
     texts: Any,
-    kl_budget: float = 1.0,
+    kl_budget: float | int = 1.0,
     *,
     quantile: float = 0.95,
     tolerance: float = 0.03,
     start: float = 0.3,
-    limit: float = 8.0,
-    rounds: int = 10,
+    limit: float | int = 8.0,
+    rounds: int = 12,
     progress: bool = False,
 ) -> Calibration:
     """Finds, for every plan by itself, the strength at which the KL quantile over tokens meets the budget.
@@ -207,24 +249,32 @@ def calibrate_many(
         progress: show a progress bar.
     """
     curves: list[list[tuple[float, float]]] = [[] for _ in plans]
+    nlls: dict[tuple[int, float], float] = {}
+    unsteered = math.nan
     next_try = [start] * len(plans)
     with tqdm(total=len(plans), desc="calibrated", unit="plan", disable=not progress) as bar:
         for _ in range(rounds):
             open_ = [i for i, tried in enumerate(next_try) if tried > 0]
             if not open_:
                 break
-            kl, _nll = costs(model, [with_total(plans[i], next_try[i]) for i in open_], texts)
-            for i, value in zip(open_, torch.quantile(kl[1:], quantile, dim=1).tolist(), strict=True):
+            kl, nll = costs(model, [with_total(plans[i], next_try[i]) for i in open_], texts)
+            unsteered = float(nll[0].mean())
+            levels = torch.quantile(kl[1:], quantile, dim=1).tolist()
+            for i, value, mean in zip(open_, levels, nll[1:].mean(1).tolist(), strict=True):
+                nlls[i, next_try[i]] = mean
                 curves[i] = sorted([*curves[i], (next_try[i], value)])
                 next_try[i] = _propose(curves[i], kl_budget, tolerance, limit)
             bar.update(sum(next_try[i] == 0 for i in open_))
     best = [min(curve, key=lambda p: (abs(math.log(max(p[1], 1e-12) / kl_budget)), p[0])) for curve in curves]
     kl_found = torch.tensor([p[1] for p in best])
     met = (kl_found / kl_budget).log().abs() <= math.log1p(tolerance) + 1e-6
-    return Calibration(torch.tensor([p[0] for p in best]), kl_found, met, curves)
+    best_nll = torch.tensor([nlls[i, p[0]] for i, p in enumerate(best)])
+    return Calibration(
+        torch.tensor([p[0] for p in best], dtype=torch.float64), kl_found, best_nll, unsteered, met, curves
+    )
 
 
-def _propose(curve: list[tuple[float, float]], budget: float, tolerance: float, limit: float) -> float:
+def _propose(curve: list[tuple[float, float]], budget: float | int, tolerance: float, limit: float | int) -> float:
     """The next strength to try, or 0 where one has met the budget or none can."""
     if any(abs(math.log(max(kl, 1e-12) / budget)) <= math.log1p(tolerance) for _, kl in curve):
         return 0.0
@@ -239,5 +289,6 @@ def _propose(curve: list[tuple[float, float]], budget: float, tolerance: float, 
             else min(limit, below[0] * min(4.0, 1.05 * math.sqrt(budget / max(below[1], 1e-6))))
         )
     (x0, y0), (x1, y1) = [(math.log(x), math.log(max(y, 1e-12) / budget)) for x, y in (below, above)]
-    share = min(0.9, max(0.1, -y0 / (y1 - y0))) if len(curve) < 6 else 0.5
+    # interpolation alone can keep one end of the bracket for ever, so every other late try halves it
+    share = 0.5 if len(curve) > 3 and len(curve) % 2 else min(0.9, max(0.1, -y0 / (y1 - y0)))
     return math.exp(x0 + share * (x1 - x0))

@@ -13,7 +13,7 @@ for the RFM and the PCA baseline; Ledoit and Wolf, J. Multivariate Analysis 88:3
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,10 +24,12 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.utils import check_random_state
 from torch import Tensor
 
+from ._labels import as_labels, auc, group_positions, grouped_folds, is_binary, pearson, row_space
 from ._numeric import as_matrix, unit
-from .rfm import RecursiveFeatureMachine, as_labels, auc, group_positions, is_binary, pearson, row_space
+from .rfm import RecursiveFeatureMachine
 
 Kind = Literal["gradient", "pattern"]
+Method = str | BaseEstimator | Callable[..., Any]
 States = Num[Tensor, "n d"] | Num[np.ndarray, "n d"]
 
 
@@ -70,9 +72,8 @@ class Direction:
             raise ValueError(f"pattern() needs a covector, but this {self.method} direction is a displacement: use it.")
         rows = as_matrix(X).to(self.vector.device)
         if rows.shape[1] != self.vector.shape[-1]:
-            raise ValueError(
-                f"X has width {rows.shape[1]}, but the direction {self.vector.shape[-1]}: use its own layer."
-            )
+            found = f"width {rows.shape[1]}, but the direction {self.vector.shape[-1]}"
+            raise ValueError(f"X has {found}: use its own layer.")
         rows = rows - rows.mean(0)
         along = rows @ self.vector.reshape(-1, rows.shape[1]).T
         vector = unit((along.T @ rows).reshape(self.vector.shape), "pattern")
@@ -81,14 +82,13 @@ class Direction:
     def auc(self, X: States, y: Any) -> float:
         """AUC of two-valued `y` [n] against the inner products of `X` [n, d] with the (first) vector."""
         rows = as_matrix(X).to(self.vector.device)
-        return auc(
-            torch.as_tensor(as_labels(y, len(rows))).to(rows.device), rows @ self.vector.reshape(-1, rows.shape[1])[0]
-        )
+        labels = torch.as_tensor(as_labels(y, len(rows))).to(rows.device)
+        return auc(labels, rows @ self.vector.reshape(-1, rows.shape[1])[0])
 
     def __neg__(self) -> Direction:
-        flipped = {
-            k: 1 - v if k == "held_out_auc" else -v if "correlation" in k else v for k, v in self.details.items()
-        }
+        flipped = {k: -v if "correlation" in k else v for k, v in self.details.items()}
+        if "held_out_auc" in flipped:
+            flipped["held_out_auc"] = 1 - flipped["held_out_auc"]
         return replace(self, vector=-self.vector, details=flipped)
 
     def __repr__(self) -> str:
@@ -136,7 +136,7 @@ def _logistic(
     y: Tensor,
     groups: Any,
     random_state: Any,
-    C: float | int | Sequence[float | int] = (0.1, 1, 10, 100, 1000),
+    C: float | int | Sequence[float | int] = (0.1, 1, 10, 100),
 ) -> Found:
     from sklearn.linear_model import LogisticRegression
 
@@ -147,10 +147,10 @@ def _logistic(
     label = (y == y.max()).cpu().numpy()
     solver = "newton-cholesky" if data.shape[1] <= 1000 else "lbfgs"  # lbfgs is slow on separable rows
     loss = np.zeros(len(grid))
-    for train, test in _folds(label, groups, 5, random_state) if len(grid) > 1 else ():
+    for train, test in grouped_folds(label, groups, 5, random_state) if len(grid) > 1 else ():
+        probe = LogisticRegression(solver=solver, max_iter=5000, warm_start=True)
         for i, c in enumerate(grid):
-            probe = LogisticRegression(C=c, solver=solver, max_iter=5000).fit(data[train], label[train])
-            margin = probe.decision_function(data[test])
+            margin = probe.set_params(C=c).fit(data[train], label[train]).decision_function(data[test])
             loss[i] += np.logaddexp(0, np.where(label[test], -margin, margin)).mean()
     best = grid[int(loss.argmin())]
     weights = LogisticRegression(C=best, solver=solver, max_iter=5000).fit(data, label).coef_[0]
@@ -191,9 +191,8 @@ def _estimator(estimator: Any, X: Tensor, y: Tensor, groups: Any, **settings: An
     model.fit(X.cpu().numpy(), y.cpu().numpy())
     found = next((getattr(model, name) for name in ("directions_", "coef_") if hasattr(model, name)), None)
     if found is None:
-        raise ValueError(
-            f"{type(model).__name__} has neither directions_ nor coef_ after fit: pass a callable instead."
-        )
+        name = type(model).__name__
+        raise ValueError(f"{name} has neither directions_ nor coef_ after fit: pass a callable instead.")
     return torch.as_tensor(np.asarray(found)).to(X), {}
 
 
@@ -211,16 +210,6 @@ def _checked(X: Any, y: Any, groups: Any) -> tuple[Tensor, Tensor]:
     labels = as_labels(y, len(rows))
     group_positions(labels, groups, 0)  # says what is wrong with groups
     return rows, torch.as_tensor(labels).to(rows.device)
-
-
-def _folds(y: np.ndarray, groups: Any, folds: int, random_state: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Train and test rows of each fold; folds where either side lacks one of two classes are left out."""
-    number = np.floor(folds * group_positions(y.astype(np.float64), groups, random_state))
-    for k in np.unique(number):
-        train, test = np.flatnonzero(number != k), np.flatnonzero(number == k)
-        sides = [len(np.unique(y[part])) for part in (train, test)]
-        if min(sides) > 1:
-            yield train, test
 
 
 def _find(
@@ -244,9 +233,8 @@ def _find(
     if space == "displacement" and kind == "gradient":
         raise ValueError(f"{name} is a displacement and has no gradient: leave kind out, or use rfm, logistic or lda.")
     if vector.shape[-1:] != X.shape[1:] or vector.ndim > 2:
-        raise ValueError(
-            f"{name} gave shape {tuple(vector.shape)}, but X has width {X.shape[1]}: return [d] or [k, d]."
-        )
+        found = f"shape {tuple(vector.shape)}, but X has width {X.shape[1]}"
+        raise ValueError(f"{name} gave {found}: return [d] or [k, d].")
     vector = unit(vector.reshape(-1, X.shape[1]), name)
     r = [pearson(y, X @ v) for v in vector]
     vector = vector * vector.new_tensor([-1.0 if value < 0 else 1.0 for value in r])[:, None]
@@ -258,14 +246,12 @@ def _find(
 def _held_out(
     X: Tensor, y: Tensor, method: Any, kind: Kind | None, groups: Any, random_state: Any, folds: int, settings: dict
 ) -> dict[str, float]:
-    names = np.arange(len(y)) if groups is None else np.asarray(groups)
-    pairs = groups is not None
-    labels = y.cpu().numpy()
+    names, labels = None if groups is None else np.asarray(groups), y.cpu().numpy()
     scores: dict[str, list[float]] = {"held_out_auc": [], "held_out_correlation": []}
-    for train, test in _folds(labels, names, folds, random_state) if folds else ():
+    for train, test in grouped_folds(labels, names, folds, random_state) if folds else ():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said once, of all rows
-            some = names[train] if pairs else None
+            some = None if names is None else names[train]
             found = _find(X[train], y[train], method, kind, some, random_state, settings)
         along = X[test] @ found.vector.reshape(-1, X.shape[1])[0]
         scores["held_out_correlation"].append(pearson(y[test], along))
@@ -277,7 +263,7 @@ def _held_out(
 def find_direction(
     X: States,
     y: Any,
-    method: str | BaseEstimator | Callable[..., Any] = "rfm",
+    method: Method = "rfm",
     kind: Kind | None = None,
     groups: Any = None,
     random_state: Any = 0,
@@ -319,7 +305,7 @@ def find_direction(
 def held_out_auc(
     X: States,
     y: Any,
-    method: str | BaseEstimator | Callable[..., Any] = "rfm",
+    method: Method = "rfm",
     kind: Kind | None = None,
     groups: Any = None,
     random_state: Any = 0,
@@ -335,7 +321,6 @@ def held_out_auc(
     rows, labels = _checked(X, y, groups)
     found = _held_out(rows, labels, method, kind, groups, random_state, folds, settings)
     if "held_out_auc" not in found:
-        raise ValueError(
-            f"AUC needs two classes in each of {folds} folds, but y has {len(labels.unique())}: add groups."
-        )
+        seen = len(labels.unique())
+        raise ValueError(f"AUC needs two classes in each of {folds} folds, but y has {seen}: add groups.")
     return found["held_out_auc"]

@@ -6,6 +6,7 @@ they attest, with our choice where they are silent; `recommended()` holds what w
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
 from .activations import Activations, collect
-from .alignment import Aligner, AutoencoderAligner, CovarianceAligner, RidgeAligner
+from .alignment import Aligner, CovarianceAligner, RidgeAligner
+from .autoencoder import AutoencoderAligner
 from .directions import find_direction
 from .identity import ModelIdentity
 from .layer_matching import LayerPair, match_layers
@@ -26,7 +28,8 @@ from .rfm import RecursiveFeatureMachine
 from .steering import SteeringPlan, SteeringVector
 from .texts import ContrastPairs, Position, as_texts, check_disjoint, texts_hash
 
-States = Mapping[int, Float[Tensor, "text hidden"]]
+Labelled = Mapping[int, Float[Tensor, "text hidden"]]
+Anchors = Mapping[int, Float[Tensor, "anchor hidden"]]
 
 
 class ExpertSteer(BaseEstimator):
@@ -61,7 +64,7 @@ class ExpertSteer(BaseEstimator):
     def __init__(
         self,
         aligner: Aligner | None = None,
-        score: Any = "cka",
+        score: Any = "mutual_knn",
         select: str = "highest",
         band: tuple[float, float] = (0.3, 0.7),
         n_pairs: int = 1,
@@ -96,13 +99,14 @@ class ExpertSteer(BaseEstimator):
 
     @classmethod
     def recommended(cls, **changes: Any) -> ExpertSteer:
-        """What we measured to work: ridge on paired anchors, similar depths, the expert's mean difference."""
-        return cls(**{"aligner": RidgeAligner(), **changes})
+        """What we measured to work: ridge on paired anchors, the three most similar layer pairs, mean difference."""
+        return cls(**{"aligner": RidgeAligner(), "score": "mutual_knn", "n_pairs": 3, **changes})
 
     @classmethod
     def in_domain(cls, **changes: Any) -> ExpertSteer:
         """No map at all: the target displacement that co-occurs with the expert's readout; for in-domain anchors."""
-        return cls(**{"aligner": CovarianceAligner(), "direction": "lda", **changes})
+        preset = {"aligner": CovarianceAligner(), "score": "mutual_knn", "n_pairs": 3, "direction": "lda"}
+        return cls(**{**preset, **changes})
 
     @classmethod
     def paper(cls, **changes: Any) -> ExpertSteer:
@@ -185,9 +189,9 @@ class ExpertSteer(BaseEstimator):
 
     def fit_activations(
         self,
-        labelled: States,
+        labelled: Labelled,
         labels: Any,
-        expert_anchors: States,
+        expert_anchors: Anchors,
         target_anchors: Activations,
         groups: Any = None,
     ) -> SteeringPlan:
@@ -259,3 +263,25 @@ def random_plans(plan: SteeringPlan, draws: int, random_state: int = 0) -> list[
         plan.with_directions([torch.randn(v.direction.shape, generator=generator) for v in plan.vectors])
         for _ in range(draws)
     ]
+
+
+def untrained_like(model: Any, random_state: int = 0) -> Any:
+    """A model of the same class, configuration and tokenizer with random weights, wrapped like `model`.
+
+    The control that matters: what a fit gets out of it comes from the labels and the anchors, not from the expert.
+
+    Args:
+        model: a `TransformersModel` of a causal LM.
+        random_state: seed of the weights; torch's global generator is left as it was.
+    """
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_state)
+        module = AutoModelForCausalLM.from_config(copy.deepcopy(model._module.config))
+    parameter = next(model._module.parameters())
+    if not parameter.is_meta:
+        module = module.to(parameter.device, parameter.dtype)
+    module.config._name_or_path = f"untrained-{random_state}"
+    return TransformersModel(module.eval(), tokenizer=model.tokenizer, task="text-generation")

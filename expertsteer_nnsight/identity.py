@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +30,9 @@ class ModelIdentity:
             or getattr(config, "_name_or_path", None)
             or getattr(config, "model_name", None)
         )
-        name = str(name).rstrip("/") if isinstance(name, str) and name else None
+        name = name.rstrip("/") if isinstance(name, str) and name else None
+        if name and os.path.isdir(name):
+            name = os.path.basename(name)  # where a folder lies on this machine is nobody else's business
         kind = getattr(config, "model_type", None) or type(model._module).__name__
         revision = getattr(model, "revision", None)
         return cls(name, revision if isinstance(revision, str) else None, residual.hidden_size, residual.n_layers, kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def figure(*size: float, columns: int = 1) -> tuple[Any, Any]:
+def figure(width: float | int, height: float | int, columns: int = 1) -> tuple[Any, Any]:
     """A figure and its axes, outside of pyplot's registry.
 
     Raises:
@@ -15,28 +15,50 @@ def figure(*size: float, columns: int = 1) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("Figures need matplotlib: pip install 'expertsteer_nnsight[plot]'.") from None
-    fig = Figure(figsize=size, layout="constrained")
+    fig = Figure(figsize=(width, height), layout="constrained")
     return fig, fig.subplots(1, columns)
 
 
 def plot_receipt(receipt: Any, ax: Any = None) -> Any:
-    """Effect (nats of log-odds) of every arm, with its cost in NLL beside it; many draws as dots."""
+    """Effect (nats of log-odds) of every arm against its cost in NLL on neutral text (nats a token) at equal KL."""
     if ax is None:
-        fig, ax = figure(7, 0.5 * len(receipt.arms) + 1.5)
+        fig, ax = figure(7, 5)
     else:
         fig = ax.figure
-    names = list(receipt.arms)[::-1]
     base = receipt.unsteered["nll"]
-    for row, name in enumerate(names):
-        arm = receipt.arms[name]
+    for number, (name, arm) in enumerate(receipt.arms.items()):
+        cost = arm["nll"] - base
         if "effects" in arm:
-            ax.plot([abs(e) for e in arm["effects"]], [row] * len(arm["effects"]), "o", ms=4, color="0.7", mew=0)
-            ax.plot(arm["effect"], row, "|", ms=16, mew=2, color="0.35")
-        else:
-            ax.barh(row, arm["effect"], height=0.55, color="C0" if "untrained" not in name else "C1")
-        ax.annotate(f" NLL +{arm['nll'] - base:.2f}", (max(arm["effect"], 0), row + 0.32), fontsize=7, color="0.35")
-    ax.set_yticks(range(len(names)), names)
-    ax.axvline(0, color="0.5", lw=0.8)
-    ax.set_xlabel(f"effect on held-out prompts (nats of log-odds) at KL p95 = {receipt.kl_budget:.2f}")
-    ax.set_title("dots and bar: |effect| of draws and its 95th percentile", fontsize=8, color="0.35")
+            ax.plot(
+                [cost] * len(arm["effects"]), [abs(e) for e in arm["effects"]], ".", ms=4, color=f"C{number}", alpha=0.4
+            )
+        ax.plot(cost, arm["effect"], "_" if "effects" in arm else "o", ms=9, mew=2, color=f"C{number}", label=name)
+    ax.axhline(0, color="0.6", lw=0.8)
+    ax.set_xlabel("rise of the NLL on neutral text (nats a token)")
+    ax.set_ylabel("effect on held-out prompts (nats of log-odds)")
+    ax.set_title(
+        f"effect against cost at KL p95 = {receipt.kl_budget:.2f} nats; dots: draws, bar: their 95th percentile",
+        fontsize=9,
+    )
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return fig
+
+
+def plot_layer_scores(scores: Any, pairs: Any = None, ax: Any = None) -> Any:
+    """Heat map of `LayerScores` (in the unit of the score), expert layers upwards, with `pairs` circled."""
+    if ax is None:
+        fig, ax = figure(6.4, 4.8)
+    else:
+        fig = ax.figure
+    image = ax.imshow(scores.matrix.numpy(), origin="lower", aspect="auto", cmap="viridis")
+    fig.colorbar(image, ax=ax, label=scores._label())
+    for axis, layers in ((ax.xaxis, scores.target_layers), (ax.yaxis, scores.expert_layers)):
+        step = -(-len(layers) // 12)
+        axis.set_ticks(range(0, len(layers), step), labels=[str(layer) for layer in layers[::step]])
+    ax.set_xlabel("target layer")
+    ax.set_ylabel("expert layer")
+    if pairs:
+        x = [scores.target_layers.index(pair.target) for pair in pairs]
+        y = [scores.expert_layers.index(pair.expert) for pair in pairs]
+        ax.scatter(x, y, s=60, facecolors="none", edgecolors="red", linewidths=1.5)
     return fig

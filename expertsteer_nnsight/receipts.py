@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .calibration import Calibration, calibrate_many, costs, total_strength, with_total, word_scores
+from .calibration import Calibration, calibrate_many, with_total, word_scores
 from .plan_file import library_versions
 from .steering import SteeringPlan
 
@@ -33,10 +33,10 @@ class Probe:
         neutral: texts that have nothing to do with the concept.
     """
 
-    prompts: tuple[str, ...]
-    positive: tuple[str, ...]
-    negative: tuple[str, ...]
-    neutral: tuple[str, ...]
+    prompts: Sequence[str]
+    positive: Sequence[str]
+    negative: Sequence[str]
+    neutral: Sequence[str]
 
     def __post_init__(self) -> None:
         for name in ("prompts", "positive", "negative", "neutral"):
@@ -108,7 +108,7 @@ def measure(
     model: Any,
     arms: Mapping[str, SteeringPlan | Sequence[SteeringPlan]],
     probe: Probe,
-    kl_budget: float = 1.0,
+    kl_budget: float | int = 1.0,
     *,
     layer_pairs: Mapping[str, Sequence[tuple[int | None, int]]] | None = None,
     progress: bool = True,
@@ -143,11 +143,8 @@ def _receipt(
 ) -> Receipt:  # fmt: skip
     ready = [with_total(p, float(s)) for p, s in zip(signed, found.strength, strict=True)]
     scores = word_scores(model, ready, probe.prompts, probe.positive, probe.negative, progress=progress)
-    kl, nll = costs(model, ready, probe.neutral, progress=progress)
     base, scores = scores[0], scores[1:].unflatten(0, (-1, 2))
-    p95 = torch.quantile(kl[1:], 0.95, dim=1).unflatten(0, (-1, 2))
-    mean_nll = nll[1:].mean(1).unflatten(0, (-1, 2))
-    strength = torch.tensor([total_strength(p) for p in ready]).unflatten(0, (-1, 2))
+    p95, mean_nll, strength = (t.unflatten(0, (-1, 2)) for t in (found.kl, found.nll, found.strength))
     result, at = {}, 0
     for name, plans in draws.items():
         mine = slice(at, at := at + len(plans))
@@ -170,5 +167,5 @@ def _receipt(
         }
         if many:
             result[name]["effects"] = effects.tolist()
-    unsteered = {"score": float(base.mean()), "nll": float(nll[0].mean())}
+    unsteered = {"score": float(base.mean()), "nll": found.unsteered_nll}
     return Receipt(result, unsteered, kl_budget, probe)

@@ -94,7 +94,12 @@ class Residual:
                 self.layers = getattr(self.layers, name)
             except AttributeError:
                 raise ValueError(f"{type(model._module).__name__} has no {name!r} on the path {self.path!r}.") from None
-        self.n_layers = len(self.layers._module)
+        blocks = getattr(self.layers, "_module", None)
+        if not hasattr(blocks, "__len__"):
+            raise ValueError(
+                f"{self.path!r} of {type(model._module).__name__} is a {type(blocks).__name__}, not a list of decoder layers."
+            )
+        self.n_layers = len(blocks)
 
     def index(self, layer: int) -> int:
         """`layer` counted from 0; negative ones count from the end.

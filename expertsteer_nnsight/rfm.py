@@ -20,99 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils import check_array, check_random_state
-from sklearn.utils.validation import check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from ._labels import as_labels, auc, group_positions, is_binary, pearson, row_space
 from ._numeric import as_matrix, like
 
 FEW = 30  # rows of a class below which a mean difference is the safer choice
 WEAK = 0.2  # correlation with the labels below which a sign is not to be trusted
 TINY = 1e-100
-
-
-def _rows(X: Any, at_least: int) -> Tensor:
-    # scikit-learn's check knows lists, data frames and sparse matrices
-    if not isinstance(X, Tensor):
-        X = np.require(check_array(X, dtype="float64", ensure_min_samples=at_least), requirements="W")
-    return as_matrix(X)
-
-
-def as_labels(y: Any, rows: int) -> Float[np.ndarray, " n"]:
-    """`y` as float64 `[rows]`; two distinct values are classes (the larger is the positive one), more are real-valued.
-
-    Raises:
-        ValueError: `y` is missing, not one number for each row, not finite, or all the same.
-    """
-    if y is None:
-        raise ValueError("This estimator requires y to be passed, but the target y is None.")
-    array = column_or_1d(y.detach().cpu().double().numpy() if isinstance(y, Tensor) else np.asarray(y), warn=True)
-    try:
-        array = array.astype(np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"Unknown label type: y must be numbers, but holds '{array[0]}'; use 0 and 1.") from None
-    if len(array) != rows:
-        raise ValueError(f"y must have one label for each of the {rows} rows of X, but has {len(array)}.")
-    if not np.isfinite(array).all():
-        found = "NaN" if np.isnan(array).any() else "infinity or a value too large for dtype('float64')."
-        raise ValueError(f"Input y contains {found}")
-    if (array == array[0]).all():
-        raise ValueError(f"y is {array[0]:g} in all {rows} rows: a direction needs at least two different labels.")
-    return array
-
-
-def is_binary(y: Float[np.ndarray, " n"]) -> bool:
-    """Whether labels hold exactly two values."""
-    return bool(np.isin(y, (y.min(), y.max())).all())
-
-
-def group_positions(y: Float[np.ndarray, " n"], groups: Any, random_state: Any) -> Float[np.ndarray, " n"]:
-    """A place in (0, 1) for each row, the same within a group, spread evenly over the groups with the same classes.
-
-    `positions < 0.2` is a stratified fifth that splits no group, and `floor(5 * positions)` numbers five folds. The
-    places do not depend on which class is called positive.
-
-    Raises:
-        ValueError: `groups` does not have one entry for each row.
-    """
-    names = np.arange(len(y)) if groups is None else np.asarray(groups)
-    if names.shape != y.shape:
-        raise ValueError(f"groups must have one entry for each of the {len(y)} rows, but has shape {names.shape}.")
-    _, group = np.unique(names, return_inverse=True)
-    order = check_random_state(random_state).permutation(int(group.max()) + 1)
-    stratum = np.zeros(len(order), dtype=int)
-    if is_binary(y):  # groups of one class, of the other, and of both are dealt out separately
-        for code, value in ((1, y.min()), (2, y.max())):
-            stratum += code * (np.bincount(group, y == value) > 0)
-    position = np.empty(len(order))
-    for s in np.unique(stratum):
-        members = order[stratum[order] == s]
-        position[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return position[group]
-
-
-def auc(y: Float[Tensor, " n"], scores: Float[Tensor, " n"]) -> float:
-    """Area under the ROC curve of `scores` for two-valued `y`; ties count half, NaN where a class is missing."""
-    positive, negative = scores[y == y.max()], scores[y != y.max()]
-    gap = positive[:, None] - negative
-    return float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean()) if gap.numel() else float("nan")
-
-
-def pearson(y: Float[Tensor, " n"], scores: Float[Tensor, " n"]) -> float:
-    """Pearson correlation, 0 where either side is constant."""
-    a, b = y - y.mean(), scores - scores.mean()
-    norm = a.norm() * b.norm()
-    return float(a @ b / norm) if norm > 0 else 0.0
-
-
-def row_space(X: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n r"], Float[Tensor, "d r"] | None]:
-    """`(C, Q)`: `X = C Q'` with orthonormal columns in `Q`: the same distances in n dimensions (Q None if d <= n)."""
-    if X.shape[1] <= X.shape[0]:
-        return X, None
-    Q, R = torch.linalg.qr(X.T)
-    return R.T.contiguous(), Q
 
 
 def _distances(A: Tensor, B: Tensor) -> Tensor:
@@ -310,14 +227,16 @@ class RecursiveFeatureMachine(RegressorMixin, BaseEstimator):
             ValueError: X or y are not as described, settings are out of range, the rows are too few to split, all rows
                 are equal, or the bandwidth is so small that no row sees another.
         """
-        grid, rows = self._grid(), _rows(X, 2)
+        grid, rows = self._grid(), as_matrix(X)
+        if len(rows) < 2:
+            raise ValueError(f"X has n_samples = {len(rows)}: a direction needs at least two rows.")
         labels, (n, d) = as_labels(y, len(rows)), rows.shape
         mean = rows.mean(0) if self.center else rows.new_zeros(d)
         scale = float((rows - mean).norm(dim=1).median()) if self.scale else 1.0
         scale = scale if scale > 0 else 1.0
         held = group_positions(labels, groups, self.random_state) < self.validation_fraction
         if validation is not None:
-            extra = _rows(validation[0], 1).to(rows.device)
+            extra = as_matrix(validation[0]).to(rows.device)
             rows, held = torch.cat([rows, extra]), np.arange(n + len(extra)) >= n
             binary = is_binary(labels)
             labels = np.concatenate([labels, as_labels(validation[1], len(extra))])
@@ -378,7 +297,7 @@ class RecursiveFeatureMachine(RegressorMixin, BaseEstimator):
             ValueError: `X` has another width than the states of `fit`.
         """
         check_is_fitted(self)
-        rows = _rows(X, 1)
+        rows = as_matrix(X)
         if rows.shape[1] != self.n_features_in_:
             found = f"X has {rows.shape[1]} features, but {type(self).__name__}"
             raise ValueError(f"{found} is expecting {self.n_features_in_} features as input.")

@@ -74,8 +74,8 @@ class SteeringVector:
 
     layer: int
     direction: Tensor
-    strength: float | Tensor = 1.0
-    residual_norm: float | None = None
+    strength: float | int | Tensor = 1.0
+    residual_norm: float | int | None = None
     op: str = "add"
     where: str = "all"
     from_step: int = 0
@@ -123,7 +123,7 @@ class SteeringVector:
 
     @property
     def length(self) -> float | Tensor:
-        """s of the formulas above: strength x residual_norm, in the stream's own units (strength alone for `project_out`)."""
+        """S of the formulas above: strength x residual_norm, in the stream's own units (strength alone for `project_out`)."""
         return self.strength if self.op == "project_out" else self.strength * (self.residual_norm or 1.0)
 
     def edit(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -132,7 +132,7 @@ class SteeringVector:
         wide = h.to(dtype)
         v = self.direction.to(wide.device, dtype)
         v = v[:, None] if v.ndim == 2 else v[None, None]
-        size = torch.as_tensor(self.length).to(wide.device, dtype).reshape(-1, 1, 1)
+        size = torch.as_tensor(self.length, dtype=dtype, device=wide.device).reshape(-1, 1, 1)
         new = OPS[self.op](wide, v, size).to(h.dtype)
         return new if mask is None else torch.where(mask[..., None], new, h)
 
@@ -148,12 +148,12 @@ class SteeringPlan:
             method, position rule, calibration, receipt, hashes, library versions. Plain JSON values.
     """
 
-    vectors: tuple[SteeringVector, ...]
+    vectors: Sequence[SteeringVector]
     target: ModelIdentity | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        vectors = (self.vectors,) if isinstance(self.vectors, SteeringVector) else tuple(self.vectors)
+        vectors = tuple(self.vectors)
         if not vectors:
             raise ValueError("A plan needs at least one SteeringVector.")
         widths = {v.direction.shape[-1] for v in vectors}
@@ -181,7 +181,7 @@ class SteeringPlan:
             self.vectors + other.vectors, self.target or other.target, {"sum_of": [self.info, other.info]}
         )
 
-    def __mul__(self, factor: float) -> SteeringPlan:
+    def __mul__(self, factor: float | int) -> SteeringPlan:
         return replace(self, vectors=tuple(replace(v, strength=v.strength * factor) for v in self.vectors))
 
     __rmul__ = __mul__

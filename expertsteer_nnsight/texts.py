@@ -83,12 +83,12 @@ class ContrastPairs(Sequence):
             pairs = [json.loads(line) for line in Path(pairs).read_text(encoding="utf-8").splitlines() if line.strip()]
         rows = list(pairs)
         if rows and isinstance(rows[0], Mapping):
-            missing = {"positive", "negative"} - set(rows[0])
-            if missing:
-                raise ValueError(
-                    f"Contrast pairs need the keys positive and negative, but the rows have {sorted(rows[0])}."
-                )
-            splits = [r["split"] for r in rows] if "split" in rows[0] else ()
+            for i, row in enumerate(rows):
+                if not {"positive", "negative"} <= set(row):
+                    raise ValueError(
+                        f"Contrast pairs need the keys positive and negative, but row {i} has {sorted(row)}."
+                    )
+            splits = [r["split"] for r in rows if "split" in r]
             return cls(tuple(r["positive"] for r in rows), tuple(r["negative"] for r in rows), tuple(splits))
         if not rows or any(isinstance(r, str) or len(r) != 2 for r in rows):
             raise ValueError("Contrast pairs must be (positive, negative) tuples, or rows with those keys.")

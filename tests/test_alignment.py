@@ -13,18 +13,16 @@ from sklearn.base import clone
 from sklearn.linear_model import Ridge
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from expertsteer_nnsight import alignment
+from expertsteer_nnsight import _linear
 from expertsteer_nnsight.alignment import (
     Aligner,
-    AutoencoderAligner,
     CovarianceAligner,
     IdentityAligner,
-    PermutedAligner,
     ProcrustesAligner,
-    RandomAligner,
     RidgeAligner,
-    permuted_directions,
 )
+from expertsteer_nnsight.autoencoder import AutoencoderAligner
+from expertsteer_nnsight.controls import PermutedAligner, RandomAligner, permuted_directions
 
 KINDS = ("displacement", "covector")
 LINEAR = [
@@ -252,9 +250,9 @@ def test_gcv_is_the_hat_matrix_formula(n):
         penalty = alpha * np.trace(centred(X).T @ centred(X)) / 9
         H = centred(X) @ np.linalg.solve(centred(X).T @ centred(X) + penalty * np.eye(9), centred(X).T) + 1 / n
         errors.append(((Y - H @ Y) ** 2).sum() / n / (1 - np.trace(H) / n) ** 2)
-    U, s, _ = alignment._svd(torch.as_tensor(centred(X)))
+    U, s, _ = _linear.thin_svd(torch.as_tensor(centred(X)))
     penalties = torch.as_tensor(grid) * (s**2).sum() / 9
-    assert_allclose(alignment._gcv(U, s, torch.as_tensor(centred(Y)), penalties).numpy(), errors, rtol=1e-6)
+    assert_allclose(_linear.gcv_errors(U, s, torch.as_tensor(centred(Y)), penalties).numpy(), errors, rtol=1e-6)
     a = RidgeAligner(alpha_range=(1e-4, 1e2), n_alphas=13).fit(X, Y)
     assert a.alpha_ == pytest.approx(grid[np.argmin(errors)])
 
@@ -452,7 +450,7 @@ def test_shuffled_pairs_do_not_predict():
 @given(n=st.integers(2, 50), seed=seeds)
 @few
 def test_shuffle_keeps_no_pair(n, seed):
-    order = alignment._shuffle(n, np.random.RandomState(seed)).numpy()
+    order = _linear.shuffle(n, np.random.RandomState(seed)).numpy()
     assert (np.sort(order) == np.arange(n)).all()
     assert (order != np.arange(n)).all()
 
@@ -496,7 +494,7 @@ def test_permuted_directions_equal_refits(aligner, n, kind):
     fast = permuted_directions(aligner, X, Y, v, kind, draws=3, random_state=4)
     rng = np.random.RandomState(4)
     for row in fast:
-        refit = clone(aligner).fit(X, Y[alignment._shuffle(n, rng).numpy()])
+        refit = clone(aligner).fit(X, Y[_linear.shuffle(n, rng).numpy()])
         assert_allclose(row, refit.map_direction(v, kind), atol=1e-8)
     first = PermutedAligner(aligner, random_state=4).fit(X, Y).map_direction(v, kind)
     assert_allclose(fast[0], first, atol=1e-8)

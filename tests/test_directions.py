@@ -10,8 +10,9 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
 
+from expertsteer_nnsight._labels import auc
 from expertsteer_nnsight.directions import Direction, find_direction, held_out_auc
-from expertsteer_nnsight.rfm import RecursiveFeatureMachine, auc
+from expertsteer_nnsight.rfm import RecursiveFeatureMachine
 
 METHODS = ["rfm", "mean_difference", "pca", "logistic", "lda"]
 COVECTORS = ["rfm", "logistic", "lda"]

@@ -11,7 +11,8 @@ from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from xrfm import RFM
 
-from expertsteer_nnsight.rfm import RecursiveFeatureMachine, auc, group_positions
+from expertsteer_nnsight._labels import auc, group_positions
+from expertsteer_nnsight.rfm import RecursiveFeatureMachine
 
 QUIET = pytest.mark.filterwarnings("ignore:A class has:UserWarning", "ignore:The direction's correlation:UserWarning")
 

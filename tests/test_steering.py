@@ -5,9 +5,8 @@ from __future__ import annotations
 import nnsight
 import pytest
 import torch
-from tiny import ARCHITECTURES, PROMPTS, build, hooks, tiny
+from tiny import ARCHITECTURES, PROMPTS, hooks, tiny
 
-from expertsteer_nnsight.positions import Positions
 from expertsteer_nnsight.residual import Residual
 from expertsteer_nnsight.steering import OPS, SteeringPlan, SteeringVector
 
@@ -55,7 +54,8 @@ def hooked(model, prompts, plan, where, new_tokens=0):
     enc = encode(model, prompts)
     blocks = Residual(model).layers._module
     edits = {
-        v.layer: lambda h, call, v=v: reference_edit(v, h, place(where, enc["attention_mask"], call)) for v in plan.vectors
+        v.layer: lambda h, call, v=v: reference_edit(v, h, place(where, enc["attention_mask"], call))
+        for v in plan.vectors
     }
     with hooks(blocks, edits), torch.no_grad():
         if new_tokens:

@@ -36,7 +36,12 @@ CONFIGS = {
 }  # fmt: skip
 ARCHITECTURES = list(CONFIGS)
 CORPUS = ["the quick brown fox jumps over the lazy dog. hello world, this is a test of one small model."] * 4
-PROMPTS = ["the quick brown fox", "hello world, this is a test of one small model", "a dog", "this lazy test jumps over"]
+PROMPTS = [
+    "the quick brown fox",
+    "hello world, this is a test of one small model",
+    "a dog",
+    "this lazy test jumps over",
+]
 CHAT = "{% for m in messages %}{{ '<s>' + m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant ' }}{% endif %}"
 
 
