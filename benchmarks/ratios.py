@@ -25,7 +25,8 @@ LAYERS = (8, 12, 16, 20)
 
 def median_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> tuple[float, float, float]:
     """Median seconds of either, and the median of the ratios of neighbouring runs."""
-    ours(), theirs()
+    ours()
+    theirs()
     times = []
     for _ in range(repeats):
         pair = []
@@ -61,8 +62,8 @@ def hooked(
             handle.remove()
 
 
-def collecting(model: Any, texts: list[str], repeats: int) -> tuple[float, float, float]:
-    """collect() against the model's own body (no head) with hooks, same batches, same right padding."""
+def collecting(model: Any, texts: list[str], layers: tuple[int, ...], repeats: int) -> tuple[float, float, float]:
+    """collect() against the model's own body (no head) with hooks, same batches and padding; collect stops after its last layer."""
     module, tokenizer = model._module, model.tokenizer
     blocks = es.Residual(model).layers._module
     body = module.model
@@ -84,12 +85,12 @@ def collecting(model: Any, texts: list[str], repeats: int) -> tuple[float, float
             with torch.no_grad():
                 hooked(
                     blocks,
-                    LAYERS,
+                    layers,
                     lambda ids=ids, mask=mask: body(input_ids=ids, attention_mask=mask, use_cache=False),
                     keep,
                 )
 
-    return median_ratio(lambda: es.collect(model, texts, LAYERS, progress=False), by_hand, repeats)
+    return median_ratio(lambda: es.collect(model, texts, layers, progress=False), by_hand, repeats)
 
 
 def generating(model: Any, prompts: list[str], tokens: int, repeats: int) -> tuple[float, float, float]:
@@ -130,7 +131,8 @@ def machines(repeats: int) -> tuple[float, float, float]:
     def theirs() -> None:
         model = RFM(kernel="l2_high_dim", bandwidth=60.0, device="cpu", tuning_metric="mse", verbose=False)
         model.fit((x, y[:, None]), (x[:40], y[:40, None]), reg=1e-3, iters=5, get_agop_best_model=True, verbose=False)
-        torch.lobpcg(model.agop_best_model.double(), k=1)
+        agop: Any = model.agop_best_model
+        torch.lobpcg(agop.double(), k=1)
 
     return median_ratio(lambda: es.RecursiveFeatureMachine(**settings).fit(x, y), theirs, repeats)
 
@@ -165,8 +167,12 @@ def main() -> None:
     if args.shape == "7b":
         model = random_llama(model.tokenizer, device)
     texts = es.example("general")[: args.texts]
+    last = (*LAYERS[:3], es.Residual(model).n_layers - 1)
     rows = {
-        f"collecting, {len(texts)} texts, {len(LAYERS)} layers": lambda: collecting(model, texts, args.repeats),
+        f"collecting, {len(texts)} texts, 4 layers up to 20": lambda: collecting(model, texts, LAYERS, args.repeats),
+        f"collecting, {len(texts)} texts, 4 layers up to the last": lambda: collecting(
+            model, texts, last, args.repeats
+        ),
         "steered generation, 4 prompts, 40 tokens": lambda: generating(model, texts[:4], 40, args.repeats),
         "RFM, n = 400, d = 4096, 5 iterations (xrfm, CPU)": lambda: machines(max(2, args.repeats // 2)),
     }

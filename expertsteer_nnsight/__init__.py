@@ -1,4 +1,4 @@
-"""Steer one language model with vectors made from another, inside nnsight traces (after ExpertSteer, arXiv 2505.12313)."""
+"""Steer one language model with vectors made from another, in nnsight traces (after ExpertSteer, arXiv 2505.12313)."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from greenlet import GreenletExit, getcurrent
 from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.intervention.iterator import Iterations
 
 
 def mediator(what: str) -> Any:
@@ -55,6 +56,20 @@ def batch_rows(what: str) -> int | None:
     """How many rows the prompts of the whole batch have; None where nnsight does not count them."""
     batcher = getattr(mediator(what).interleaver, "batcher", None)
     return None if batcher is None or not batcher.total else batcher.total
+
+
+def run_option(name: str, what: str) -> Any:
+    """A keyword that the run was called with, such as `prefill_chunk_size` of `generate`; None if it was not."""
+    batcher = getattr(mediator(what).interleaver, "batcher", None)
+    if batcher is None:
+        return None
+    given = [kwargs for _, kwargs in batcher.invokes] + [batcher.kwargs, batcher.extra_kwargs]
+    return next((kwargs[name] for kwargs in given if kwargs.get(name) is not None), None)
+
+
+def every_step() -> Any:
+    """What to loop over in an edit so that its block runs in every forward; unlike a tracer, it can be sent to a server."""
+    return Iterations()[:]
 
 
 class quiet_end:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .identity import ModelIdentity, fingerprint
+from .positions import affixes
 from .residual import Residual, hidden
 from .texts import Position, as_texts, encode, texts_hash, token_index
 
@@ -70,6 +71,12 @@ class Activations(Mapping):
     def __len__(self) -> int:
         return len(self.layers)
 
+    def __eq__(self, other: object) -> bool:
+        return self is other  # a mapping would compare tensors, which has no truth value
+
+    def __hash__(self) -> int:
+        return id(self)
+
     def norm(self, layer: int) -> float:
         """Median norm of the residual stream of `layer`, over texts, of each text's median over its own tokens."""
         if layer not in self.layers:
@@ -121,16 +128,22 @@ def collect(
     chosen = tuple(sorted({residual.index(i) for i in (range(residual.n_layers) if layers is None else layers)}))
     if not chosen:
         raise ValueError("No layers were asked for.")
-    encoded = [encode(model.tokenizer, t) for t in texts]
+    tokenizer = tokenizer_of(model)
+    known = affixes(tokenizer)
+    encoded = [encode(tokenizer, t, known) for t in texts]
     at = [token_index(position, ids, prefix) for ids, prefix in encoded]
-    rule = position if isinstance(position, str) else str(position) if isinstance(position, int) else f"function {at}"
+    rule = f"function {texts_hash(map(str, at))}" if callable(position) else str(position)
     identity = ModelIdentity.of(model)
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i][0]))
     shards = [order[i : i + shard_size] for i in range(0, len(order), shard_size)] if cache is not None else [order]
     folder = None if cache is None else Path(cache)
     if folder is not None:
-        settings = {"model": fingerprint(model), "texts": texts_hash(texts), "layers": list(chosen), "position": rule,
-                    "shard_size": shard_size, "dtype": str(dtype)}  # fmt: skip
+        if getattr(model, "_edits", None):
+            raise ValueError(
+                "An edited model's states cannot be kept in a cache, which could not tell the edit: omit cache=."
+            )
+        settings = {"model": fingerprint(model), "texts": texts_hash(texts), "tokens": texts_hash(map(str, encoded)),
+                    "layers": list(chosen), "position": rule, "shard_size": shard_size, "dtype": str(dtype)}  # fmt: skip
         _open_cache(folder, settings)
     memory: dict[str, Tensor] = {}
     with tqdm(
@@ -153,15 +166,30 @@ def collect(
             else:
                 bar.update(len(shard))
     if folder is not None:
-        return Activations(identity, chosen, len(texts), rule[:40], folder)
+        return Activations(identity, chosen, len(texts), rule, folder)
     back = torch.tensor(order).argsort()
-    return Activations(identity, chosen, len(texts), rule[:40], None, {k: v[back] for k, v in memory.items()})
+    return Activations(identity, chosen, len(texts), rule, None, {k: v[back] for k, v in memory.items()})
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer of a wrapped model.
+
+    Raises:
+        ValueError: it has none, as a bare `NNsight(module)` has not.
+    """
+    tokenizer = getattr(model, "tokenizer", None) if hasattr(model, "tokenizer") else None
+    if tokenizer is None:
+        raise ValueError(
+            f"The wrapped {type(model._module).__name__} has no tokenizer, which reading texts needs: "
+            f'load it as TransformersModel(module, tokenizer=..., task="text-generation").'
+        )
+    return tokenizer
 
 
 def _forward(model: Any, residual: Residual, batch: list, layers: tuple[int, ...], dtype: Any) -> dict[str, Tensor]:
     # padded on the right: no real token can see the padding, and columns are token numbers
     width = max(len(ids) for ids, _, _ in batch)
-    pad = getattr(model.tokenizer, "pad_token_id", None) or 0
+    pad = getattr(tokenizer_of(model), "pad_token_id", None) or 0
     ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _, _ in batch])
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _, _ in batch])
     own = torch.stack(
@@ -169,10 +197,11 @@ def _forward(model: Any, residual: Residual, batch: list, layers: tuple[int, ...
     )
     column = torch.tensor([0 if at is None else at for _, _, at in batch])
     mean = batch[0][2] is None
-    module = type(model._module).__name__
-    call = (ids,) if module == "TransformerBridge" else ({"input_ids": ids, "attention_mask": mask},)
+    bridge = type(model._module).__name__ == "TransformerBridge"
+    call = (ids,) if bridge else ()
+    extra = {} if bridge else {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     blocks = [residual.layers[i] for i in layers]
-    with torch.no_grad(), model.trace(*call) as tracer:
+    with torch.no_grad(), model.trace(*call, **extra) as tracer:
         states = nnsight.save([])
         norms = nnsight.save([])
         for block in blocks:
@@ -205,6 +234,8 @@ def _open_cache(folder: Path, settings: dict[str, Any]) -> None:
     if manifest.exists():
         stored = json.loads(manifest.read_text())
         differ = [k for k in settings if stored.get(k) != settings[k]]
+        # other texts have other tokens; the same texts have them with another tokenizer or chat template
+        differ = [k for k in differ if k != "tokens" or "texts" not in differ]
         if differ:
             raise ValueError(
                 f"The cache {folder} was made with another {', '.join(differ)}: pass another folder, or delete this one."

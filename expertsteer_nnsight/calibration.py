@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -17,49 +18,37 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .positions import Positions
-from .residual import Residual
-from .steering import SteeringPlan, SteeringVector
+from .activations import tokenizer_of
+from .positions import Positions, affixes
+from .residual import Residual, config_of
+from .steering import SteeringPlan
 from .texts import as_texts, encode
+
+
+def _kind(plan: SteeringPlan) -> tuple[Any, ...]:
+    """What plans must have in common to share a forward; their directions, strengths and residual norms may differ."""
+    return tuple((v.layer, v.op, v.where, v.from_step, v.skip_special) for v in plan.vectors)
 
 
 def stack(plans: Sequence[SteeringPlan]) -> SteeringPlan:
     """One plan with a row for each of `plans`, and an unsteered row before them.
 
     Raises:
-        ValueError: their vectors differ in op, place or the layer's residual norm, or are themselves per row.
+        ValueError: they differ in layer, op or place, or are themselves per row.
     """
-    layers = sorted({layer for p in plans for layer in p.layers})
+    kinds = {_kind(p) for p in plans}
+    if len(kinds) > 1 or any(v.rows is not None for p in plans for v in p.vectors):
+        raise ValueError(f"Plans share a forward only with the same layers, ops and places, and none per row: {kinds}.")
     vectors = []
-    for layer in layers:
-        mine = [[v for v in p.vectors if v.layer == layer] for p in plans]
-        if any(len(m) > 1 for m in mine) or any(v.rows is not None for m in mine for v in m):
-            raise ValueError(
-                f"Plans that share a forward need at most one vector a layer, the same for all rows (layer {layer})."
-            )
-        known = [v for m in mine for v in m]
-        kinds = {(v.op, v.where, v.from_step, v.skip_special, v.residual_norm) for v in known}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"Plans that share a forward must agree in op, place and residual norm at layer {layer}: {kinds}."
-            )
-        first = known[0]
-        rows = [m[0] if m else None for m in [[], *mine]]
-        direction = torch.stack([first.direction if v is None else v.direction for v in rows])
-        strength = torch.tensor([0.0 if v is None else float(v.strength) for v in rows])
-        vectors.append(
-            SteeringVector(
-                layer,
-                direction,
-                strength,
-                first.residual_norm,
-                first.op,
-                first.where,
-                first.from_step,
-                first.skip_special,
-            )
-        )
-    return SteeringPlan(tuple(vectors), plans[0].target)
+    for place in range(len(plans[0].vectors)):
+        mine = [p.vectors[place] for p in plans]
+        first = mine[0]
+        # where norms differ, a row's strength is told in those of the first
+        share = [1.0 if v.op == "project_out" else (v.residual_norm or 1) / (first.residual_norm or 1) for v in mine]
+        strength = torch.tensor([0.0, *(float(v.strength) * s for v, s in zip(mine, share, strict=True))])
+        direction = torch.stack([first.direction, *(v.direction for v in mine)])
+        vectors.append(replace(first, direction=direction, strength=strength))
+    return SteeringPlan(vectors, plans[0].target)
 
 
 def row_costs(logits: Tensor, ids: Tensor, start: int) -> list[Tensor]:
@@ -76,14 +65,37 @@ def row_costs(logits: Tensor, ids: Tensor, start: int) -> list[Tensor]:
     return [torch.stack(kl), torch.stack(nll)]
 
 
-def _prefix_state(model: Any, residual: Residual, ids: list[int], layer: int) -> Tensor | None:
-    """Output `[1, position, hidden]` of `layer` for one unsteered text; None where a layer puts out no plain tensor."""
-    tokens = torch.tensor([ids])
+def _shared_states(model: Any, residual: Residual, ids: list[int], layer: int) -> Tensor | None:
+    """Output `[1, position, hidden]` of `layer` for one unsteered text, if later layers need nothing else of the earlier.
+
+    None where a layer puts out no plain tensor, or where skipping layers changes the logits (layers that share keys and
+    values, for one); a model is tried once and remembered.
+    """
+    call = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    remembered: dict[str, bool] = model._module.__dict__.setdefault("_expertsteer_can_skip", {})
     block = residual.layers[layer]
-    with torch.no_grad(), model.trace({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}) as tracer:
+    if remembered.get("ok") is False:
+        return None
+    with torch.no_grad(), model.trace(**call, use_cache=False) as tracer:
         output = nnsight.save(block.output)
-        tracer.stop()
-    return output if isinstance(output, Tensor) else None
+        if remembered:
+            tracer.stop()
+        logits = nnsight.save(model.output.logits)
+    if not isinstance(output, Tensor):
+        remembered["ok"] = False
+    elif not remembered:
+        with torch.no_grad(), model.trace(**call, use_cache=False):
+            for i in range(layer + 1):
+                residual.layers[i].skip(output)
+            skipped = nnsight.save(model.output.logits)
+        remembered["ok"] = bool(torch.allclose(skipped, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())))
+    return output if remembered.get("ok") else None
+
+
+def _rows_that_fit(model: Any, length: int, rows: int | None) -> int:
+    """How many rows of logits, with as much again for what is made of them, stay within about 4 GB."""
+    vocabulary = getattr(config_of(model), "vocab_size", None) or 50_000
+    return rows or max(1, min(96, int(4e9 / (8 * length * vocabulary))))
 
 
 def _rows(
@@ -92,32 +104,41 @@ def _rows(
     texts: Any,
     reduce: Callable[[Tensor, Tensor, int], list[Tensor]],
     *,
-    rows: int,
+    forced: bool,
+    rows: int | None,
     progress: bool,
     label: str,
 ) -> list[list[Tensor]]:
     """For each text, what `reduce(logits, ids, prefix)` makes of row 0 (unsteered) and of a row for each plan.
 
     Rows that share a forward differ from the first steered layer on, so the layers before it run once, for one row.
+    `forced` texts count as completions after their first token, others as prompts of which only the last logits matter.
     """
-    residual = Residual(model)
-    encoded = [encode(model.tokenizer, t) for t in as_texts(texts)]
-    order = sorted(range(len(plans)), key=lambda i: plans[i].layers)
-    chunks = [list(c) for _, g in groupby(order, key=lambda i: plans[i].layers) for c in _batches(list(g), rows)]
+    residual, tokenizer = Residual(model), tokenizer_of(model)
+    encoded = [encode(tokenizer, t, affixes(tokenizer)) for t in as_texts(texts)]
+    # the head over a large vocabulary is a third of a forward, and most models can leave out all but the last position
+    can_keep = not forced and "logits_to_keep" in signature(model._module.forward).parameters
+    extra = {"logits_to_keep": 1} if can_keep else {}
+    size = _rows_that_fit(model, 1 if can_keep else max(len(ids) for ids, _ in encoded), rows)
+    order = sorted(range(len(plans)), key=lambda i: _kind(plans[i]))
+    chunks = [c for _, g in groupby(order, key=lambda i: _kind(plans[i])) for c in _batches(list(g), size)]
     found: list[list[list[Tensor]]] = []
     with tqdm(total=len(chunks) * len(encoded), desc=label, unit="forward", disable=not progress) as bar:
         for chunk in chunks:
             steered, mine = stack([plans[i] for i in chunk]), []
             first = steered.layers[0]
+            border = forced and any(v.where == "completion" for v in steered.vectors)
             for ids, prefix in encoded:
                 tokens = torch.tensor([ids] * (len(chunk) + 1))
-                state = _prefix_state(model, residual, ids, first - 1) if first > 0 else None
-                shared = [] if state is None else [residual.layers[i] for i in range(first)]
-                with torch.no_grad(), model.trace({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}):
-                    positions = Positions.read(model)
-                    for block in shared:
-                        block.skip(state.expand(len(tokens), -1, -1))
-                    steered.apply(model, positions)
+                state = _shared_states(model, residual, ids, first - 1) if first > 0 else None
+                skipped = [] if state is None else [(residual.layers[i], state) for i in range(first)]
+                lengths = [prefix + 1] * len(tokens) if border else None
+                call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+                with torch.no_grad(), model.trace(**call, **extra):
+                    positions = Positions.read(model).without_row(0)
+                    for block, known in skipped:
+                        block.skip(known.expand(len(tokens), -1, -1))
+                    steered.apply(model, positions, lengths)
                     logits = model.output.logits
                     values = nnsight.save(reduce(logits, tokens[0].to(logits.device), prefix))
                 mine.append([v.cpu() for v in values])
@@ -138,7 +159,7 @@ def _batches(items: list[int], size: int) -> list[list[int]]:
 
 
 def costs(
-    model: Any, plans: Sequence[SteeringPlan], texts: Any, *, rows: int = 96, progress: bool = False
+    model: Any, plans: Sequence[SteeringPlan], texts: Any, *, rows: int | None = None, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What plans do to a model on texts: KL `[1 + plan, token]` and NLL `[1 + plan, token]`, tokens of all texts joined.
 
@@ -146,10 +167,10 @@ def costs(
         model: the target.
         plans: one a row; row 0 of the results is unsteered.
         texts: strings or chat messages. Special tokens that the tokenizer prepends are not counted.
-        rows: plans a forward.
+        rows: plans a forward; as many as fit into about 4 GB if not given.
         progress: show a progress bar.
     """
-    found = _rows(model, plans, texts, row_costs, rows=rows, progress=progress, label="KL on neutral text")
+    found = _rows(model, plans, texts, row_costs, forced=True, rows=rows, progress=progress, label="KL on neutral text")
     return torch.cat([kl for kl, _ in found], 1), torch.cat([nll for _, nll in found], 1)
 
 
@@ -160,7 +181,7 @@ def word_scores(
     positive: Sequence[str],
     negative: Sequence[str],
     *,
-    rows: int = 96,
+    rows: int | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Log-odds of `positive` over `negative` next words after each prompt, `[1 + plan, prompt]`, nats; row 0 unsteered.
@@ -172,7 +193,7 @@ def word_scores(
     """
 
     def first(words: Sequence[str]) -> list[int]:
-        return sorted({model.tokenizer(" " + w, add_special_tokens=False)["input_ids"][0] for w in words})
+        return sorted({tokenizer_of(model)(" " + w, add_special_tokens=False)["input_ids"][0] for w in words})
 
     up, down = first(positive), first(negative)
     if set(up) & set(down):
@@ -182,7 +203,7 @@ def word_scores(
         last = logits[:, -1].float()
         return [last[:, up].logsumexp(-1) - last[:, down].logsumexp(-1)]
 
-    found = _rows(model, plans, prompts, odds, rows=rows, progress=progress, label="effect on prompts")
+    found = _rows(model, plans, prompts, odds, forced=False, rows=rows, progress=progress, label="effect on prompts")
     return torch.stack([score for (score,) in found], 1)
 
 
@@ -213,7 +234,13 @@ def total_strength(plan: SteeringPlan) -> float:
 
 
 def with_total(plan: SteeringPlan, strength: float | int) -> SteeringPlan:
-    """The plan scaled to a total strength; its own must not be zero."""
+    """The plan scaled to a total strength.
+
+    Raises:
+        ValueError: its own strength is zero, which no factor changes.
+    """
+    if total_strength(plan) == 0:
+        raise ValueError("The plan's strength is zero, so it cannot be scaled: give it any other.")
     return plan * (strength / total_strength(plan))
 
 
@@ -260,6 +287,11 @@ def calibrate_many(
             kl, nll = costs(model, [with_total(plans[i], next_try[i]) for i in open_], texts)
             unsteered = float(nll[0].mean())
             levels = torch.quantile(kl[1:], quantile, dim=1).tolist()
+            if not all(math.isfinite(x) for x in levels) or max(levels) == 0:
+                raise ValueError(
+                    f"The KL on the neutral texts is {'zero' if max(levels) == 0 else 'NaN or infinite'} at a strength of "
+                    f"{start}: the plans steer none of their tokens (prompt only?), or break the model."
+                )
             for i, value, mean in zip(open_, levels, nll[1:].mean(1).tolist(), strict=True):
                 nlls[i, next_try[i]] = mean
                 curves[i] = sorted([*curves[i], (next_try[i], value)])

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -70,7 +70,7 @@ class ExpertSteer(BaseEstimator):
         n_pairs: int = 1,
         layers: Sequence[tuple[int, int]] | None = None,
         direction: Any = "mean_difference",
-        kind: str | None = None,
+        kind: Literal["gradient", "pattern"] | None = None,
         space: str = "expert",
         position: Position = "last",
         strength: float = 0.3,
@@ -87,7 +87,7 @@ class ExpertSteer(BaseEstimator):
         self.n_pairs = n_pairs
         self.layers = layers
         self.direction = direction
-        self.kind = kind
+        self.kind: Any = kind
         self.space = space
         self.position = position
         self.strength = strength
@@ -212,23 +212,27 @@ class ExpertSteer(BaseEstimator):
         self.scores_ = None
         if self.layers is not None:
             self.pairs_ = [LayerPair(int(e), int(t), math.nan) for e, t in self.layers]
+            missing = [p for p in self.pairs_ if p.expert not in expert_anchors or p.target not in target_anchors]
+            if missing:
+                e, t, _ = missing[0]
+                raise ValueError(f"The layer pair ({e}, {t}) was asked for, but there are no states of one of them.")
         else:
             self.scores_ = match_layers(
                 expert_anchors, target_anchors, self.score, self.permutations, self.random_state
             )
-            self.pairs_ = self.scores_.pairs(k=self.n_pairs, select=self.select, per="target", band=self.band)  # type: ignore[arg-type]
+            choose: Any = self.scores_.pairs
+            self.pairs_ = choose(k=self.n_pairs, select=self.select, per="target", band=self.band)
         self.aligners_, self.directions_, vectors, steps = [], [], [], []
         for pair in self.pairs_:
             anchors, y = expert_anchors[pair.expert], target_anchors[pair.target]
-            aligner = clone(self.aligner if self.aligner is not None else RidgeAligner())
+            aligner: Any = clone(self.aligner if self.aligner is not None else RidgeAligner())
             if "random_state" in aligner.get_params():
                 aligner.set_params(random_state=self.random_state)
-            held = max(1, len(anchors) // 10)
-            r2 = clone(aligner).fit(anchors[held:], y[held:]).score(anchors[:held], y[:held])
+            r2 = _held_out_r2(aligner, anchors, y, self.random_state)
             aligner.fit(anchors, y)
             x = labelled[pair.expert]
             x = aligner.transform(x) if self.space == "target" else x
-            found = find_direction(x, labels, self.direction, self.kind, groups, self.random_state)  # type: ignore[arg-type]
+            found = find_direction(x, labels, self.direction, self.kind, groups, self.random_state)
             v = found.vector if self.space == "target" else aligner.map_direction(found.vector, found.space)
             v = v if v.ndim == 1 else v[0]
             self.aligners_.append(aligner)
@@ -245,15 +249,29 @@ class ExpertSteer(BaseEstimator):
         expert = getattr(labelled, "model", None)
         info = {
             "expert": expert.to_dict() if isinstance(expert, ModelIdentity) else None,
-            "settings": {
-                k: v if isinstance(v, (int, float, str, type(None))) else str(v)
-                for k, v in self.get_params(deep=False).items()
-            },
+            "settings": {k: _plain(v) for k, v in self.get_params(deep=False).items()},
             "pairs": steps,
             "versions": library_versions(),
         }
         self.plan_ = SteeringPlan(tuple(vectors), target_anchors.model, info)
         return self.plan_
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (int, float, str, type(None))):
+        return value
+    # a function's own text holds its address in memory
+    return getattr(value, "__name__", "function") if callable(value) else str(value)
+
+
+def _held_out_r2(aligner: Any, x: Tensor, y: Tensor, random_state: int) -> float | None:
+    """R² on a tenth of the anchors of a map fitted on the others; None for too few to tell."""
+    if len(x) < 20:
+        return None
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(random_state))
+    test, train = order[: len(x) // 10], order[len(x) // 10 :]
+    probe: Any = clone(aligner)
+    return probe.fit(x[train], y[train]).score(x[test], y[test])
 
 
 def random_plans(plan: SteeringPlan, draws: int, random_state: int = 0) -> list[SteeringPlan]:
@@ -279,9 +297,9 @@ def untrained_like(model: Any, random_state: int = 0) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_state)
-        module = AutoModelForCausalLM.from_config(copy.deepcopy(model._module.config))
-    parameter = next(model._module.parameters())
+        parameter = next(model._module.parameters())
+        module = AutoModelForCausalLM.from_config(copy.deepcopy(model._module.config), dtype=parameter.dtype)
     if not parameter.is_meta:
-        module = module.to(parameter.device, parameter.dtype)
+        module = module.to(parameter.device)  # and not to its dtype: some buffers are wider
     module.config._name_or_path = f"untrained-{random_state}"
     return TransformersModel(module.eval(), tokenizer=model.tokenizer, task="text-generation")

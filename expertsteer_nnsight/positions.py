@@ -10,13 +10,13 @@ This module also runs on servers: torch and nnsight are all that it may need.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._nnsight import current_step, passed
+from ._nnsight import current_step, passed, run_option
 
 WHERE = ("all", "prompt", "completion")
 
@@ -27,14 +27,35 @@ def prefix_ids(tokenizer: Any) -> tuple[int, ...]:
     Found by what the tokenizer does, never by an id's name: SmolLM2's "bos" id is `<|im_start|>`, which it does not
     prepend and which a chat holds several times.
     """
+    return affixes(tokenizer)[0]
+
+
+def affixes(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that `tokenizer` puts before and after every text."""
     if tokenizer is None:
-        return ()
+        return (), ()
     with_special = list(tokenizer("a")["input_ids"])
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     for start in range(len(with_special) - len(plain) + 1):
         if with_special[start : start + len(plain)] == plain:
-            return tuple(with_special[:start])
-    return ()
+            return tuple(with_special[:start]), tuple(with_special[start + len(plain) :])
+    return (), ()
+
+
+def real_columns(mask: Any, rows: int, length: int) -> Tensor | None:
+    """`[row, column]` long, 1 for a real token, from what a model was called with as its attention mask.
+
+    That is a 2-D mask; or, with static caches, a 4-D one (bool, or 0 and a large negative number) or a mapping of them
+    by kind of layer, whose last query sees every real column. None where there is no mask.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return None
+    if mask.ndim == 4:
+        last = mask[:, 0, -1, :length]
+        mask = (last if last.dtype == torch.bool else last == 0).expand(rows, -1)
+    return mask[:, :length].long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +68,7 @@ class Positions:
         index: `[row, position]` long: which real token of its row a position is, counted from 0 over the whole run.
         step: 0 for the prompt's forward, s for the s-th decode step.
         past: number of cached positions before this forward.
+        chunked: the prompt may come in several forwards.
     """
 
     real: Tensor
@@ -54,6 +76,7 @@ class Positions:
     index: Tensor
     step: int
     past: int
+    chunked: bool = False
 
     @classmethod
     def read(cls, model: Any, prefix: tuple[int, ...] | None = None) -> Positions:
@@ -88,9 +111,9 @@ class Positions:
         rows, q = tokens.shape[:2]
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if mask is None or mask.ndim != 2:
+        mask = real_columns(mask, rows, past + q)
+        if mask is None:
             mask = torch.ones(rows, past + q, dtype=torch.long, device=tokens.device)
-        mask = mask[:, : past + q]
         real = mask[:, -q:].bool()
         index = (mask.long().cumsum(1) - 1)[:, -q:]
         prefix = prefix_ids(getattr(model, "tokenizer", None)) if prefix is None else prefix
@@ -98,7 +121,12 @@ class Positions:
         for k, token in enumerate(prefix):
             at = real & (index == k)
             special |= at if ids is None else at & (ids == token)
-        return cls(real, special, index, step, past)
+        return cls(real, special, index, step, past, run_option("prefill_chunk_size", what) is not None)
+
+    def without_row(self, row: int) -> Positions:
+        """The same with one row that no mask chooses: it stays unsteered."""
+        keep = torch.arange(len(self.real), device=self.real.device)[:, None] != row
+        return replace(self, real=self.real & keep)
 
     def _completion_step(self, prompt_lengths: Any) -> Tensor:
         """`[row, position]`: which new token a position's output predicts (negative: a prompt token)."""
@@ -110,10 +138,10 @@ class Positions:
                 )
             return self.index - (lengths[:, None] - 1)
         q = self.real.shape[1]
-        if self.step > 0 and self.past > 0 and q > 1:
+        if self.chunked or (self.step > 0 and self.past > 0 and q > 1):
             raise ValueError(
-                f"Decode step {self.step} brings {q} tokens at once (chunked prefill or assisted generation), so prompt and "
-                f"completion cannot be told apart: steer all positions, or pass prompt_lengths=."
+                "The prompt comes in several forwards, or several tokens in one decode step (chunked prefill, assisted "
+                "generation), so prompt and completion cannot be told apart: steer all positions, or pass prompt_lengths=."
             )
         if self.step > 0 and self.past > 0:
             return torch.full_like(self.index, self.step)

@@ -53,8 +53,9 @@ class Receipt:
     Attributes:
         arms: by name: `layers`, `draws`, `strength` (mean of both signs, in residual norms), `strength_plus`,
             `strength_minus`, `score_plus`, `score_minus`, `effect`, `kl_p95` (nats, the larger of both signs), `nll`
-            (nats a token, mean of both signs), `wrong_way` (share of prompts whose score falls when steered towards).
-            Arms of many draws hold medians over draws, `effect` as the 95th percentile of |effect|, and `effects`.
+            (nats a token, mean of both signs), `budget_met`, `wrong_way` (share of prompts whose score falls when steered towards).
+            Arms of many draws hold medians over draws; their `effect` is the 95th percentile of |effect|, `effects` has
+            all of them, and both scores are those of the draw of median |effect|.
         unsteered: `score` and `nll` without steering.
         kl_budget: the cost at which the arms were compared; less than asked where some arm could not reach that.
         probe: prompts, words and neutral texts.
@@ -131,8 +132,9 @@ def measure(
         raise ValueError("There is no arm to measure, or one without plans.")
     signed = [sign * p for plans in draws.values() for p in plans for sign in (1.0, -1.0)]
     found = calibrate_many(model, signed, probe.neutral, kl_budget, progress=progress)
-    if not found.met.all():
-        kl_budget = float(found.kl[~found.met].min())
+    short = ~found.met & (found.kl < kl_budget)
+    if short.any():
+        kl_budget = float(found.kl[short].min())
         found = calibrate_many(model, signed, probe.neutral, kl_budget, progress=progress)
     return _receipt(model, draws, signed, found, probe, kl_budget, layer_pairs or {}, progress)
 
@@ -163,6 +165,7 @@ def _receipt(
             "effect": float(torch.quantile(effects.abs(), 0.95)) if many else float(effects[0]),
             "kl_p95": float(p95[mine].amax(1).median()),
             "nll": float(mean_nll[mine].mean(1).median()),
+            "budget_met": bool(found.met.unflatten(0, (-1, 2))[mine].all()),
             "wrong_way": float((scores[mine][:, 0] < base).float().mean(1).median()),
         }
         if many:

@@ -18,7 +18,7 @@ _OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder", "expert", "mtp
 def config_of(model: Any) -> Any:
     """The text configuration of a wrapped model (transformers' `config`, or TransformerLens' `cfg`), or None."""
     module = model._module if hasattr(model, "_module") else model
-    config = getattr(module, "config", None) or getattr(module, "cfg", None)
+    config: Any = getattr(module, "config", None) or getattr(module, "cfg", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -29,8 +29,9 @@ def _field(config: Any, *names: str) -> Any:
 def layers_path(module: nn.Module, depth: int | None = None) -> str:
     """The attribute path of the decoder layers inside a torch module, such as `model.layers` or `transformer.h`.
 
-    The layers are the outermost `nn.ModuleList` whose elements are of one class and hold attention or a mixer of
-    their own; where several fit, the one as long as the configuration's number of layers.
+    The layers are the outermost `nn.ModuleList` whose elements have children and are of one class (or, if there is none,
+    of several classes, and as many as the configuration says); where several fit, the one as long as the configuration's
+    number of layers.
 
     Raises:
         ValueError: none or several fit.
@@ -38,12 +39,14 @@ def layers_path(module: nn.Module, depth: int | None = None) -> str:
     if type(module).__name__ in EXCEPTIONS:
         return EXCEPTIONS[type(module).__name__]
     lists = {n: m for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
-    found = {
+    outermost = {
         name: blocks
         for name, blocks in lists.items()
-        if not any(name.startswith(outer + ".") for outer in lists)
-        and len({type(b) for b in blocks}) == 1
-        and any(True for _ in blocks[0].children())
+        if not any(name.startswith(outer + ".") for outer in lists) and any(True for _ in blocks[0].children())
+    }
+    # hybrids mix kinds of block in one list: those count only where no list of equal blocks does
+    found = {n: b for n, b in outermost.items() if len({type(x) for x in b}) == 1} or {
+        n: b for n, b in outermost.items() if len(b) == depth
     }
     if depth is not None and any(len(b) == depth for b in found.values()):
         found = {n: b for n, b in found.items() if len(b) == depth}
@@ -67,7 +70,8 @@ class Residual:
 
     Args:
         model: a `TransformersModel`, an `NNsight(...)` of any causal LM, or `NNsight(TransformerBridge)`.
-        path: where the decoder layers are, if the search by structure cannot tell (`"model.layers"`).
+        path: where the decoder layers are, if the search by structure cannot tell (`"model.layers"`). Told once, it is
+            remembered for this model by everything in the package.
 
     Attributes:
         path: attribute path of the decoder layers.
@@ -82,7 +86,7 @@ class Residual:
                 f"as in nnsight.NNsight(model) or TransformersModel(id, task='text-generation')."
             )
         # the search walks the whole module tree, and a plan asks on every decode step: keep it on the module
-        known = model._module.__dict__.setdefault("_expertsteer_residual", {})
+        known: dict[Any, Any] = model._module.__dict__.setdefault("_expertsteer_residual", {})
         if path not in known:
             config = config_of(model)
             found = path or layers_path(model._module, _field(config, "num_hidden_layers", "n_layers", "n_layer"))
@@ -94,12 +98,14 @@ class Residual:
                 self.layers = getattr(self.layers, name)
             except AttributeError:
                 raise ValueError(f"{type(model._module).__name__} has no {name!r} on the path {self.path!r}.") from None
-        blocks = getattr(self.layers, "_module", None)
+        blocks: Any = getattr(self.layers, "_module", None)
         if not hasattr(blocks, "__len__"):
             raise ValueError(
                 f"{self.path!r} of {type(model._module).__name__} is a {type(blocks).__name__}, not a list of decoder layers."
             )
         self.n_layers = len(blocks)
+        if path is not None:
+            known[None] = known[path]  # a path that was told once holds for collect, plans and all else
 
     def index(self, layer: int) -> int:
         """`layer` counted from 0; negative ones count from the end.

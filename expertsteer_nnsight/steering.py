@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnsight.intervention.iterator import Iterations
 from torch import Tensor
 
-from ._nnsight import batch_rows, current_step, invoke_rows, passed, quiet_end
+from ._nnsight import batch_rows, current_step, every_step, invoke_rows, passed, quiet_end
 from ._numeric import unit
 from .identity import ModelIdentity
 from .positions import WHERE, Positions, prefix_ids
 from .residual import Residual
-
-FORMAT_VERSION = 1
 
 
 def _add(h: Tensor, v: Tensor, size: Tensor) -> Tensor:
@@ -86,6 +83,9 @@ class SteeringVector:
         if direction.ndim not in (1, 2):
             raise ValueError(f"direction must be [hidden] or [row, hidden], but has shape {tuple(direction.shape)}.")
         set_ = object.__setattr__
+        for name, kind in (("layer", int), ("from_step", int), ("residual_norm", float)):
+            if getattr(self, name) is not None:
+                set_(self, name, kind(getattr(self, name)))  # numpy and torch scalars would not go into a file's header
         set_(self, "direction", unit(direction.to(torch.float64), f"The direction of layer {self.layer}").float())
         strength = self.strength
         if not isinstance(strength, (int, float)):
@@ -108,8 +108,8 @@ class SteeringVector:
             )
         if self.rows == -1:
             raise ValueError(
-                f"{len(self.direction)} directions but {len(self.strength)} strengths at layer {self.layer}."
-            )  # type: ignore[arg-type]
+                f"{len(self.direction)} directions but {torch.as_tensor(self.strength).numel()} strengths at layer {self.layer}."
+            )
 
     @property
     def rows(self) -> int | None:
@@ -178,25 +178,30 @@ class SteeringPlan:
         if self.target and other.target:
             self.target.check(other.target, "Two plans cannot be added")
         return SteeringPlan(
-            self.vectors + other.vectors, self.target or other.target, {"sum_of": [self.info, other.info]}
+            (*self.vectors, *other.vectors), self.target or other.target, {"sum_of": [self.info, other.info]}
         )
 
     def __mul__(self, factor: float | int) -> SteeringPlan:
-        return replace(self, vectors=tuple(replace(v, strength=v.strength * factor) for v in self.vectors))
+        return self._changed([replace(v, strength=v.strength * factor) for v in self.vectors])
 
     __rmul__ = __mul__
 
     def __neg__(self) -> SteeringPlan:
         return self * -1.0
 
+    def _changed(self, vectors: Sequence[SteeringVector]) -> SteeringPlan:
+        # a receipt was measured for the plan as it was
+        return SteeringPlan(vectors, self.target, {k: v for k, v in self.info.items() if k != "receipt"})
+
     def with_(self, **changes: Any) -> SteeringPlan:
         """The same plan with fields of every vector changed: `plan.with_(strength=0.3, where="completion")`."""
-        return replace(self, vectors=tuple(replace(v, **changes) for v in self.vectors))
+        return self._changed([replace(v, **changes) for v in self.vectors])
 
     def with_directions(self, directions: Sequence[Tensor]) -> SteeringPlan:
         """The same plan with other directions, one a vector in the order of `vectors`."""
         pairs = zip(self.vectors, directions, strict=True)
-        return replace(self, vectors=tuple(replace(v, direction=d) for v, d in pairs))
+        made = self._changed([replace(v, direction=d) for v, d in pairs])
+        return SteeringPlan(made.vectors, self.target, {"directions": "replaced"})
 
     # -- use -------------------------------------------------------------------------------------------------------
 
@@ -252,7 +257,7 @@ class SteeringPlan:
                         f"plan before reading later layers, and merge plans with + instead of applying one after another."
                     )
                 h = residual.read(vector.layer)
-                _check_rows(vector, h, what, positions is not None)
+                _check_rows(vector, h, what)
                 mask = None
                 if positions is not None:
                     mask = positions.mask(vector.where, vector.from_step, vector.skip_special, prompt_lengths).to(
@@ -314,7 +319,7 @@ def _needs_positions(vector: SteeringVector, prefix: tuple[int, ...]) -> bool:
     return vector.where != "all" or (vector.skip_special and bool(prefix))
 
 
-def _check_rows(vector: SteeringVector, h: Tensor, what: str, masked: bool) -> None:
+def _check_rows(vector: SteeringVector, h: Tensor, what: str) -> None:
     own, whole = invoke_rows(what), batch_rows(what)
     expected = own if own is not None else whole
     if expected is not None and len(h) != expected and (own is not None or vector.rows is not None):
@@ -327,5 +332,5 @@ def _check_rows(vector: SteeringVector, h: Tensor, what: str, masked: bool) -> N
 
 
 def _every_step(plan: SteeringPlan, model: Any, any_id: bool) -> None:
-    for _ in Iterations()[:]:
+    for _ in every_step():
         plan.apply(model, any_id=any_id)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .positions import prefix_ids
+from .positions import affixes
 
 Text = str | list[dict[str, str]]
 Position = str | int | Callable[[list[int]], int]
@@ -31,15 +32,22 @@ def as_texts(texts: Any, column: str = "text") -> list[Text]:
     if isinstance(texts, Path) or (
         isinstance(texts, str) and "\n" not in texts and Path(texts).suffix in (".txt", ".jsonl")
     ):
-        lines = Path(texts).read_text(encoding="utf-8").splitlines()
-        lines = [line for line in lines if line.strip()]
-        texts = [json.loads(line)[column] for line in lines] if Path(texts).suffix == ".jsonl" else lines
+        if Path(texts).suffix == ".jsonl":
+            rows = _json_lines(Path(texts))
+            if any(column not in row for row in rows):
+                raise ValueError(f"Some lines of {Path(texts).name} have no {column!r}.")
+            texts = [row[column] for row in rows]
+        else:
+            texts = [line for line in Path(texts).read_text(encoding="utf-8").split("\n") if line.strip()]
     if isinstance(texts, str):
         raise ValueError("One string was given where a list of texts is needed: write [text].")
     if hasattr(texts, "column_names"):
-        if column not in texts.column_names:
-            raise ValueError(f"The dataset has no column {column!r}, only {texts.column_names}: pass column=.")
-        texts = texts[column]
+        names = texts.column_names
+        if names is not None and column not in names:
+            raise ValueError(
+                f"The dataset has no column {column!r}, only {names}: pass dataset[{names[0]!r}], or rename it."
+            )
+        texts = [row[column] for row in texts]
     found = [list(t) if isinstance(t, (list, tuple)) else t for t in texts]
     for i, text in enumerate(found):
         chat = isinstance(text, list) and text and all(isinstance(m, Mapping) and "content" in m for m in text)
@@ -48,6 +56,18 @@ def as_texts(texts: Any, column: str = "text") -> list[Text]:
     if not found:
         raise ValueError("There are no texts.")
     return found
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    # not splitlines(): a JSON string may hold other line separators
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"Line {number} of {path.name} is no JSON ({error}).") from None
+    return rows
 
 
 @dataclass(frozen=True)
@@ -80,7 +100,7 @@ class ContrastPairs(Sequence):
         if isinstance(pairs, cls):
             return pairs
         if isinstance(pairs, (str, Path)):
-            pairs = [json.loads(line) for line in Path(pairs).read_text(encoding="utf-8").splitlines() if line.strip()]
+            pairs = _json_lines(Path(pairs))
         rows = list(pairs)
         if rows and isinstance(rows[0], Mapping):
             for i, row in enumerate(rows):
@@ -150,7 +170,8 @@ class ContrastPairs(Sequence):
 def check_disjoint(anchors: Iterable[Text], labelled: Iterable[Text]) -> None:
     """Refuses anchors that are among the labelled texts.
 
-    With them a map carries the labels over, whatever the expert: an untrained one then does as well.
+    With them a map carries the labels over, whatever the expert: an untrained one then does as well. Only texts that are
+    equal up to case and white space are found.
 
     Raises:
         ValueError: some text is in both.
@@ -175,29 +196,39 @@ def texts_hash(texts: Iterable[Text]) -> str:
     return digest.hexdigest()[:16]
 
 
-def encode(tokenizer: Any, text: Text) -> tuple[list[int], int]:
+def encode(tokenizer: Any, text: Text, known: tuple[Any, Any] | None = None) -> tuple[list[int], int]:
     """Token ids of a text, and how many special tokens stand before it.
 
-    Strings get what the tokenizer prepends; chats what their template writes, with the assistant's turn opened.
+    Strings get what the tokenizer prepends, and not what it may append. Chats get what their template writes: a chat that
+    ends in an assistant's message as it is, any other with the assistant's turn opened.
+
+    Args:
+        tokenizer: the model's.
+        text: a string or chat messages.
+        known: `affixes(tokenizer)`, where many texts are encoded.
 
     Raises:
-        ValueError: chat messages without a template, or a text of no tokens.
+        ValueError: chat messages without a template, a string that brings its own `<bos>`, or a text of no tokens.
     """
+    before, after = known or affixes(tokenizer)
     if isinstance(text, str):
         ids = list(tokenizer(text)["input_ids"])
+        ids = ids[: len(ids) - len(after)]
     else:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("Chat messages were given, but this model's tokenizer has no chat template: pass strings.")
-        ids = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
-    prefix = prefix_ids(tokenizer)
-    count = 0
-    while count < len(prefix) and count < len(ids) and ids[count] == prefix[count]:
-        count += 1
+        opened = text[-1].get("role") != "assistant"
+        made = tokenizer.apply_chat_template(text, add_generation_prompt=opened, tokenize=True, return_dict=True)
+        ids = list(made["input_ids"])
+    count = len(before) if before and tuple(ids[: len(before)]) == before else 0
     if len(ids) == count:
         raise ValueError(f"A text has no tokens of its own: {text!r:.80}.")
-    return list(ids), count
+    if count and tuple(ids[count : 2 * count]) == before:
+        raise ValueError(
+            f"A text begins with the special token that the tokenizer prepends, and would have it twice ({text!r:.60}): "
+            f"leave it out, or pass chat messages instead of a filled template."
+        )
+    return ids, count
 
 
 def token_index(position: Position, ids: list[int], prefix: int) -> int | None:
@@ -217,8 +248,12 @@ def token_index(position: Position, ids: list[int], prefix: int) -> int | None:
     if position == "mean":
         return None
     index = -1 if position == "last" else position(ids[prefix:]) if callable(position) else position
-    if not isinstance(index, int):
-        raise ValueError(f'position must be "last", "mean", an index or a function to an index, got {position!r}.')
+    try:
+        index = operator.index(index)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(
+            f'position must be "last", "mean", an index or a function to an index, got {position!r}.'
+        ) from None
     if not -own <= index < own:
         raise ValueError(f"Position {index} was asked for, but a text has only {own} tokens of its own.")
     return prefix + index % own
@@ -239,7 +274,7 @@ def example(name: str) -> Any:
         if file.is_file():
             content = file.read_text(encoding="utf-8")
             if suffix == ".jsonl":
-                return ContrastPairs.of([json.loads(line) for line in content.splitlines()])
-            return content.splitlines() if suffix == ".txt" else json.loads(content)
+                return ContrastPairs.of([json.loads(line) for line in content.split("\n") if line])
+            return [line for line in content.split("\n") if line] if suffix == ".txt" else json.loads(content)
     names = sorted(f.name.rsplit(".", 1)[0] for f in folder.iterdir() if not f.name.startswith("_"))
     raise ValueError(f"There is no example data {name!r}: choose one of {', '.join(names)}.")

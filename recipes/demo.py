@@ -4,7 +4,7 @@
     python -m recipes.demo --expert HUB_ID --target HUB_ID   # any two causal models of the hub
 
 Writes plan.safetensors, receipt.json and report.png, and keeps the models' states beside them, so that a second run, or one
-after a crash, reads nothing twice. Test prompts and test pairs serve for nothing but the final figures.
+after a crash, reads nothing twice. The test prompts serve for nothing but the receipt.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 import nnsight
 import torch
 from nnsight.modeling.transformers import TransformersModel
+from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.calibration import with_total
-from expertsteer_nnsight.identity import ModelIdentity
+from expertsteer_nnsight.identity import ModelIdentity, fingerprint
 from expertsteer_nnsight.packaged_models import model_path
 from expertsteer_nnsight.plotting import figure, plot_layer_scores, plot_receipt
-from expertsteer_nnsight.texts import check_disjoint
+from expertsteer_nnsight.texts import check_disjoint, encode
 
 
 def load(name: str) -> TransformersModel:
@@ -39,7 +40,7 @@ def read_states(
     found = {}
     for name, model in models.items():
         for kind, content in texts.items():
-            found[name, kind] = es.collect(model, content, layers[name], cache=folder / f"{name}-{kind}")
+            found[name, kind] = es.collect(model, content, layers[name], cache=folder / f"{kind}-{fingerprint(model)}")
     return found
 
 
@@ -51,17 +52,22 @@ def fit_arms(
     arms: dict[str, Any] = {}
     layer_pairs: dict[str, list[tuple[int | None, int]]] = {}
 
+    bar = tqdm(total=7, desc="fitting arms", unit="arm")
+
     def fit(name: str, steer: es.ExpertSteer, expert: str, anchors: str = "general") -> es.ExpertSteer:
         steer.set_params(random_state=seed)
         arms[name] = steer.fit_activations(
             states[expert, "pairs"], labels, states[expert, anchors], states["target", anchors], groups=groups
         )
         layer_pairs[name] = [(p.expert, p.target) for p in steer.pairs_]
+        bar.update()
         return steer
 
     recommended = fit("recommended", es.ExpertSteer.recommended(permutations=20), "expert")
     same = [(p.expert, p.target) for p in recommended.pairs_]
+    # the same layers for the controls, so that the expert's weights are all that differs
     fit("untrained", es.ExpertSteer.recommended(layers=same), "untrained")
+    # in-domain texts alone: on the validation prompts the general ones beside them took a quarter of the effect away
     fit("in_domain", es.ExpertSteer.in_domain(layers=same), "expert", "in_domain")
     fit("in_domain_untrained", es.ExpertSteer.in_domain(layers=same), "untrained", "in_domain")
     fit("paper", es.ExpertSteer.paper(), "expert")
@@ -70,7 +76,7 @@ def fit_arms(
     layer_pairs["native"] = [(None, t) for _, t in same]
     by_pair = [
         es.permuted_directions(
-            es.RidgeAligner(), states["expert", "general"][e], states["target", "general"][t], direction.vector,
+            recommended.aligners_[0], states["expert", "general"][e], states["target", "general"][t], direction.vector,
             direction.space, draws, seed,
         )
         for (e, t), direction in zip(same, recommended.directions_, strict=True)
@@ -79,6 +85,8 @@ def fit_arms(
     order = sorted(range(len(same)), key=lambda i: same[i][1])
     arms["permuted"] = [arms["recommended"].with_directions([by_pair[i][n] for i in order]) for n in range(draws)]
     layer_pairs["permuted"] = layer_pairs["recommended"]
+    bar.update()
+    bar.close()
     arms["random"] = es.random_plans(arms["recommended"], draws, seed)
     return arms, layer_pairs, recommended
 
@@ -86,11 +94,11 @@ def fit_arms(
 def continuations(target: Any, plans: dict[str, Any], prompts: Sequence[str], tokens: int) -> dict[str, list[str]]:
     """The same prompts continued without a plan and with each of `plans`."""
     result = {}
+    width = max(len(encode(target.tokenizer, p)[0]) for p in prompts)
     for name, plan in plans.items():
         model = target if plan is None else plan.attach(target)
         with torch.no_grad(), model.generate(list(prompts), max_new_tokens=tokens, do_sample=False) as tracer:
             ids = nnsight.save(tracer.result)
-        width = ids.shape[1] - tokens
         result[name] = [
             target.tokenizer.decode(row[width:], skip_special_tokens=True).replace("\n", " ") for row in ids
         ]
@@ -103,6 +111,18 @@ def report(recommended: es.ExpertSteer, receipt: es.Receipt, path: Path) -> None
     plot_layer_scores(recommended.scores_, recommended.pairs_, ax=left)
     plot_receipt(receipt, ax=right)
     fig.savefig(path, dpi=130)
+
+
+def verdict(receipt: es.Receipt) -> str:
+    """Whether the expert added anything, in a sentence."""
+    effect = {name: arm["effect"] for name, arm in receipt.arms.items()}
+    best = effect["recommended"]
+    noise = max(effect["permuted"], effect["random"])
+    shown = "the expert added" if best > max(2 * effect["untrained"], noise) else "nothing shows that the expert added"
+    return (
+        f"recommended has {best / effect['native']:.2f} of the native effect; untrained has {effect['untrained']:.2f} nats and "
+        f"chance up to {noise:.2f}, so {shown} something here."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> es.Receipt:
@@ -157,9 +177,8 @@ def main(argv: Sequence[str] | None = None) -> es.Receipt:
         print(f"\n{prompt}")
         for name, rows in shown.items():
             print(f"  {name:>9}: {rows[i]}")
-    print(
-        f"\n{receipt}\n\nWrote plan.safetensors, receipt.json and report.png to {args.out} in {time.time() - started:.0f} s."
-    )
+    print(f"\n{receipt}\n\n{verdict(receipt)}")
+    print(f"Wrote plan.safetensors, receipt.json and report.png to {args.out} in {time.time() - started:.0f} s.")
     return receipt
 
 

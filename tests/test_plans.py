@@ -32,7 +32,8 @@ def logits(model, prompts, plan=None, **kwargs):
     with torch.no_grad(), model.trace(prompts):
         if plan is not None:
             plan.apply(model, **kwargs)
-        return nnsight.save(model.output.logits[:, -1])
+        out = nnsight.save(model.output.logits[:, -1])
+    return out
 
 
 def tokens(model, prompts, n=8, **kwargs):
@@ -40,7 +41,8 @@ def tokens(model, prompts, n=8, **kwargs):
         torch.no_grad(),
         model.generate(prompts, max_new_tokens=n, do_sample=False, pad_token_id=0, **kwargs) as tracer,
     ):
-        return nnsight.save(tracer.result)
+        ids = nnsight.save(tracer.result)
+    return ids
 
 
 # -- which positions -----------------------------------------------------------------------------------------------
@@ -109,6 +111,14 @@ def test_generation_without_a_cache_is_steered_alike(arch):
     for where in ("all", "prompt", "completion"):
         steered = SteeringPlan((vector(1, where=where), vector(2, 1, where=where))).attach(model)
         assert torch.equal(tokens(steered, PROMPTS), tokens(steered, PROMPTS, use_cache=False))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_generation_with_a_static_cache_is_steered_alike(arch):
+    model = tiny(arch, bos=True)
+    for where in ("all", "prompt", "completion"):
+        steered = single(vector(1, where=where)).attach(model)
+        assert torch.equal(tokens(steered, PROMPTS), tokens(steered, PROMPTS, cache_implementation="static"))
 
 
 def test_prompt_lengths_mark_the_border_in_a_teacher_forced_trace():
@@ -195,6 +205,9 @@ def test_a_prompt_in_chunks_is_refused_unless_every_position_is_steered():
     model = tiny("llama")
     with pytest.raises(ValueError, match="chunked prefill"):
         tokens(single(vector(1, where="prompt")).attach(model), PROMPTS[1:2], prefill_chunk_size=4)
+    length = len(model.tokenizer(PROMPTS[1])["input_ids"])
+    with pytest.raises(ValueError, match="chunked prefill"):  # the last chunk holds one token, like a decode step
+        tokens(single(vector(1, where="completion")).attach(model), PROMPTS[1:2], prefill_chunk_size=length - 1)
     everywhere = single(vector(1)).attach(model)
     assert torch.equal(tokens(everywhere, PROMPTS[1:2], prefill_chunk_size=4), tokens(everywhere, PROMPTS[1:2]))
 
@@ -387,6 +400,12 @@ def test_a_plan_comes_back_from_its_file(tmp_path):
         )
     assert torch.equal(tokens(loaded.attach(model), PROMPTS), tokens(plan.attach(model), PROMPTS))
     assert "layer   1" in repr(plan) and "residual norms" in repr(plan)
+
+
+def test_a_changed_plan_drops_its_receipt():
+    plan = SteeringPlan([vector()], None, {"expert": {"id": "x"}, "receipt": {"arms": {}}})
+    assert (2 * plan).info == plan.with_(where="prompt").info == {"expert": {"id": "x"}}
+    assert "expert" not in plan.with_directions([direction(1)]).info
 
 
 def test_files_that_are_no_plans(tmp_path):

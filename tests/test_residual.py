@@ -261,8 +261,7 @@ def test_two_equally_long_stacks_need_a_path():
     with torch.no_grad(), model.trace(x):
         h = nnsight.save(residual.read(0))
     assert torch.equal(h, seen[0])
-    with pytest.raises(ValueError, match="found 2"):  # the path given once does not stick to the model
-        Residual(model)
+    assert Residual(model).path == "right"  # told once, it holds for collect, plans and all else
 
 
 def test_a_model_without_stacks():
@@ -284,6 +283,9 @@ def test_other_towers_and_lists_inside_blocks_are_not_taken():
     assert layers_path(model, depth=3) == "text"
     model.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))  # no blocks: they hold nothing
     assert layers_path(model, depth=3) == "text"
+    hybrid = Towers()
+    hybrid.layers = nn.ModuleList([TupleBlock(), nn.Sequential(nn.Linear(8, 8)), TupleBlock()])
+    assert layers_path(hybrid, depth=3) == "layers"
     model.mixed = nn.ModuleList([TupleBlock(), nn.Sequential(nn.Linear(8, 8)), TupleBlock()])
     assert layers_path(model, depth=3) == "text"
 

@@ -138,7 +138,7 @@ def test_texts_that_are_none(tmp_path):
         as_texts("hello")
     with pytest.raises(ValueError, match="One string was given"):
         as_texts("two lines\nand a name.txt")
-    with pytest.raises(ValueError, match=r"no column 'text', only \['other'\]: pass column="):
+    with pytest.raises(ValueError, match=r"no column 'text', only \['other'\]: pass dataset\['other'\]"):
         as_texts(datasets.Dataset.from_dict({"other": ["a"]}))
     with pytest.raises(ValueError, match="There are no texts"):
         as_texts([])
@@ -297,3 +297,25 @@ def test_there_is_no_other_example():
         ValueError, match="no example data 'jokes': choose one of general, sentiment_in_domain, sentiment_pairs"
     ):
         example("jokes")
+
+
+def test_a_chat_that_ends_in_an_answer_is_read_to_its_end():
+    tok = tokenizer()
+    question = [{"role": "user", "content": "hello"}]
+    asked, _ = encode(tok, question)
+    answered, _ = encode(tok, [*question, {"role": "assistant", "content": "world"}])
+    assert tok.decode(asked).endswith("assistant ") and tok.decode(answered).endswith("world</s>")
+
+
+def test_a_text_that_brings_its_own_bos_is_refused():
+    with pytest.raises(ValueError, match="would have it twice"):
+        encode(tokenizer(bos=True), "<s>hello")
+    assert encode(tokenizer(), "<s>hello")[1] == 0
+
+
+def test_other_line_separators_stay_inside_a_json_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two"}\n{"text": "three"}\n', encoding="utf-8")
+    assert as_texts(tmp_path / "a.jsonl") == ["one\u2028two", "three"]
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"Line 2 of b.jsonl is no JSON"):
+        as_texts(tmp_path / "b.jsonl")

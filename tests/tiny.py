@@ -42,7 +42,10 @@ PROMPTS = [
     "a dog",
     "this lazy test jumps over",
 ]
-CHAT = "{% for m in messages %}{{ '<s>' + m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant ' }}{% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant ' }}{% endif %}"
+)
 
 
 def tokenizer(bos: bool = False) -> tr.PreTrainedTokenizerFast:
