@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import nnsight
 import torch
 from torch import Tensor
 
@@ -21,6 +22,9 @@ from ._numeric import unit
 from .identity import ModelIdentity
 from .positions import WHERE, Positions, prefix_ids
 from .residual import Residual
+
+# a server does not have this package: what a plan needs there travels with the request
+nnsight.register("expertsteer_nnsight")
 
 
 def _add(h: Tensor, v: Tensor, size: Tensor) -> Tensor:
