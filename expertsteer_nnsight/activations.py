@@ -61,10 +61,14 @@ class Activations(Mapping):
         return torch.cat(parts)[torch.cat(order).argsort()]
 
     def __getitem__(self, layer: int) -> Float[Tensor, "text hidden"]:
-        """States of one layer; read from disk at each access where there are shards."""
-        if layer not in self.layers:
+        """States of one layer (negative: from the end); read from disk at each access where there are shards."""
+        return self._read(f"layer.{self._known(layer)}")
+
+    def _known(self, layer: int) -> int:
+        found = layer + self.n_layers if layer < 0 else layer
+        if found not in self.layers:
             raise KeyError(f"Layer {layer} was not collected; there are {list(self.layers)}.")
-        return self._read(f"layer.{layer}")
+        return found
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.layers)
@@ -80,9 +84,7 @@ class Activations(Mapping):
 
     def norm(self, layer: int) -> float:
         """Median norm of the residual stream of `layer`, over texts, of each text's median over its own tokens."""
-        if layer not in self.layers:
-            raise KeyError(f"Layer {layer} was not collected; there are {list(self.layers)}.")
-        return float(self._read(f"norm.{layer}").median())
+        return float(self._read(f"norm.{self._known(layer)}").median())
 
     def __repr__(self) -> str:
         where = "in memory" if self.shards is None else f"in {self.shards}"

@@ -179,6 +179,13 @@ class ExpertSteer(BaseEstimator):
     def wanted_layers(self, expert: ModelIdentity, target: ModelIdentity) -> tuple[list[int], list[int]]:
         """The layers of either model that the fit will read."""
         if self.layers is not None:
+            for pair in self.layers:
+                for layer, model, side in zip(pair, (expert, target), ("expert", "target"), strict=True):
+                    if not 0 <= layer < model.n_layers:
+                        raise ValueError(
+                            f"The layer pair {tuple(pair)} was asked for, but the {side} {model.name or model.kind} has layers "
+                            f"0 to {model.n_layers - 1}."
+                        )
             return sorted({e for e, _ in self.layers}), sorted({t for _, t in self.layers})
         low, high = self.band
 

@@ -29,7 +29,7 @@ class Probe:
 
     Attributes:
         prompts: unfinished texts, held out from every fit.
-        positive: words whose probability the plan should raise.
+        positive: words whose probability the plan should raise; of each, the first token after a space counts.
         negative: words whose probability it should lower.
         neutral: texts that have nothing to do with the concept.
     """
@@ -41,7 +41,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         for name in ("prompts", "positive", "negative", "neutral"):
-            value = tuple(getattr(self, name))
+            value = tuple(text.strip() if name in ("positive", "negative") else text for text in getattr(self, name))
             if not value:
                 raise ValueError(f"A probe needs {name}, but there are none.")
             object.__setattr__(self, name, value)
@@ -52,7 +52,7 @@ class Receipt:
     """Measured arms; print it for the table.
 
     Attributes:
-        arms: by name: `layers`, `draws`, `strength` (mean of both signs, in residual norms), `strength_plus`,
+        arms: by name: `layers`, `draws`, `strength` (total over layers, mean of both signs, in residual norms), `strength_plus`,
             `strength_minus`, `score_plus`, `score_minus`, `effect`, `kl_p95` (nats, the larger of both signs), `nll`
             (nats a token, mean of both signs), `budget_met`, `wrong_way` (share of prompts whose score falls when steered towards).
             Arms of many draws hold medians over draws; their `effect` is the 95th percentile of |effect|, `effects` has

@@ -198,7 +198,17 @@ class SteeringPlan:
         return SteeringPlan(vectors, self.target, {k: v for k, v in self.info.items() if k != "receipt"})
 
     def with_(self, **changes: Any) -> SteeringPlan:
-        """The same plan with fields of every vector changed: `plan.with_(strength=0.3, where="completion")`."""
+        """The same plan with fields of every vector changed: `plan.with_(strength=0.3, where="completion")`.
+
+        A strength is that of each vector; `calibration.with_total` sets the total.
+
+        Raises:
+            ValueError: a layer or residual norm for a plan of several layers.
+        """
+        if len(self.layers) > 1 and {"layer", "residual_norm"} & set(changes):
+            raise ValueError(
+                f"The plan steers layers {list(self.layers)}: a layer or residual_norm is one vector's, so build it anew."
+            )
         return self._changed([replace(v, **changes) for v in self.vectors])
 
     def with_directions(self, directions: Sequence[Tensor]) -> SteeringPlan:
@@ -304,6 +314,8 @@ class SteeringPlan:
 
     def __repr__(self) -> str:
         lines = [f"SteeringPlan for {self.target or 'any model'}"]
+        if len(self.vectors) > 1 and all(v.rows is None for v in self.vectors):
+            lines[0] += f", total strength {sum(v.strength**2 for v in self.vectors) ** 0.5:.3g}"
         for v in self.vectors:
             strength = "per row" if isinstance(v.strength, Tensor) else f"{v.strength:.3g}"
             known = "" if v.residual_norm is None else f" residual norms (of {v.residual_norm:.4g})"

@@ -102,6 +102,10 @@ class ContrastPairs(Sequence):
         if isinstance(pairs, (str, Path)):
             pairs = _json_lines(Path(pairs))
         rows = list(pairs)
+        if len(rows) == 2 and all(isinstance(r, list) and r and isinstance(r[0], str) for r in rows):
+            raise ValueError(
+                "Two lists of texts were given: write ContrastPairs(positive, negative), or a list of tuples."
+            )
         if rows and isinstance(rows[0], Mapping):
             for i, row in enumerate(rows):
                 if not {"positive", "negative"} <= set(row):

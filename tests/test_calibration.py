@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import nnsight
 import pytest
@@ -111,7 +112,7 @@ def test_plans_with_other_norms_places_and_ops_are_measured_as_themselves():
     model, (a, b, c) = tiny("llama", True), plans(3)
     mixed = [
         a,
-        b.with_(residual_norm=11.0),
+        SteeringPlan([replace(v, residual_norm=11.0) for v in b.vectors]),
         c.with_(op="clamp"),
         a.with_(where="prompt"),
         b.with_(skip_special=False),

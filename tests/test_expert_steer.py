@@ -114,6 +114,11 @@ def test_fit_reads_two_models_and_the_plan_steers(tmp_path):
     assert loaded.info["pairs"] == plan.info["pairs"]
 
 
+def test_layers_that_a_model_lacks_are_told_before_it_is_read():
+    with pytest.raises(ValueError, match=r"pair \(1, 9\) was asked for, but the target gpt2 has layers 0 to 3"):
+        es.ExpertSteer(layers=[(1, 9)]).fit(tiny("llama"), tiny("gpt2"), PAIRS, GENERAL)
+
+
 def test_labelled_texts_may_not_be_anchors():
     with pytest.raises(ValueError, match="1 of the anchors are labelled texts"):
         es.ExpertSteer().fit(tiny("llama"), tiny("gpt2"), PAIRS, [*GENERAL, PAIRS[0][0].upper()])

@@ -402,6 +402,14 @@ def test_a_plan_comes_back_from_its_file(tmp_path):
     assert "layer   1" in repr(plan) and "residual norms" in repr(plan)
 
 
+def test_a_layer_cannot_be_set_for_several_vectors_at_once():
+    plan = SteeringPlan([vector(1), vector(2)])
+    with pytest.raises(ValueError, match=r"steers layers \[1, 2\]"):
+        plan.with_(layer=3)
+    assert single(vector(1)).with_(layer=3).layers == (3,)
+    assert "total strength 2.83" in repr(plan)
+
+
 def test_a_changed_plan_drops_its_receipt():
     plan = SteeringPlan([vector()], None, {"expert": {"id": "x"}, "receipt": {"arms": {}}})
     assert (2 * plan).info == plan.with_(where="prompt").info == {"expert": {"id": "x"}}

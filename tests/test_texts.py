@@ -319,3 +319,9 @@ def test_other_line_separators_stay_inside_a_json_line(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": \n')
     with pytest.raises(ValueError, match=r"Line 2 of b.jsonl is no JSON"):
         as_texts(tmp_path / "b.jsonl")
+
+
+def test_two_lists_are_no_pairs():
+    with pytest.raises(ValueError, match=r"write ContrastPairs\(positive, negative\)"):
+        ContrastPairs.of((["a", "b"], ["c", "d"]))
+    assert len(ContrastPairs.of([["a", "b"], ["c", "d"], ["e", "f"]])) == 3
