@@ -43,24 +43,26 @@ def passed(envoy: Any, kind: str, step: int, what: str) -> bool:
     return mediator(what).occurrence(f"{envoy.path}.{kind}") > step
 
 
+def _batcher(what: str) -> Any:
+    """What put the invokes of the current run into one batch; None where nothing did."""
+    return getattr(mediator(what).interleaver, "batcher", None)
+
+
 def invoke_rows(what: str) -> int | None:
     """How many rows the current invoke owns, where several share the batch; None where the block sees every row."""
-    worker = mediator(what)
-    batcher = getattr(worker.interleaver, "batcher", None)
-    if batcher is None or not batcher.batching or worker.batch_group is None:
-        return None
-    return worker.batch_group[1]
+    batcher, group = _batcher(what), mediator(what).batch_group
+    return None if batcher is None or not batcher.batching or group is None else group[1]
 
 
 def batch_rows(what: str) -> int | None:
     """How many rows the prompts of the whole batch have; None where nnsight does not count them."""
-    batcher = getattr(mediator(what).interleaver, "batcher", None)
+    batcher = _batcher(what)
     return None if batcher is None or not batcher.total else batcher.total
 
 
 def run_option(name: str, what: str) -> Any:
     """A keyword that the run was called with, such as `prefill_chunk_size` of `generate`; None if it was not."""
-    batcher = getattr(mediator(what).interleaver, "batcher", None)
+    batcher = _batcher(what)
     if batcher is None:
         return None
     given = [kwargs for _, kwargs in batcher.invokes] + [batcher.kwargs, batcher.extra_kwargs]

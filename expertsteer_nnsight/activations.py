@@ -180,7 +180,7 @@ def tokenizer_of(model: Any) -> Any:
     Raises:
         ValueError: it has none, as a bare `NNsight(module)` has not.
     """
-    tokenizer = getattr(model, "tokenizer", None) if hasattr(model, "tokenizer") else None
+    tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(
             f"The wrapped {type(model._module).__name__} has no tokenizer, which reading texts needs: "

@@ -115,7 +115,8 @@ def _rows(
     `forced` texts count as completions after their first token, others as prompts of which only the last logits matter.
     """
     residual, tokenizer = Residual(model), tokenizer_of(model)
-    encoded = [encode(tokenizer, t, affixes(tokenizer)) for t in as_texts(texts)]
+    known = affixes(tokenizer)
+    encoded = [encode(tokenizer, t, known) for t in as_texts(texts)]
     # the head over a large vocabulary is a third of a forward, and most models can leave out all but the last position
     can_keep = not forced and "logits_to_keep" in signature(model._module.forward).parameters
     extra = {"logits_to_keep": 1} if can_keep else {}
@@ -136,8 +137,8 @@ def _rows(
                 call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
                 with torch.no_grad(), model.trace(**call, **extra):
                     positions = Positions.read(model).without_row(0)
-                    for block, known in skipped:
-                        block.skip(known.expand(len(tokens), -1, -1))
+                    for block, output in skipped:
+                        block.skip(output.expand(len(tokens), -1, -1))
                     steered.apply(model, positions, lengths)
                     logits = model.output.logits
                     values = nnsight.save(reduce(logits, tokens[0].to(logits.device), prefix))

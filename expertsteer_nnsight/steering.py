@@ -127,7 +127,7 @@ class SteeringVector:
 
     @property
     def length(self) -> float | Tensor:
-        """S of the formulas above: strength x residual_norm, in the stream's own units (strength alone for `project_out`)."""
+        """The s of the formulas above: strength x residual_norm, in the stream's own units (strength alone for `project_out`)."""
         return self.strength if self.op == "project_out" else self.strength * (self.residual_norm or 1.0)
 
     def edit(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -315,7 +315,9 @@ class SteeringPlan:
     def __repr__(self) -> str:
         lines = [f"SteeringPlan for {self.target or 'any model'}"]
         if len(self.vectors) > 1 and all(v.rows is None for v in self.vectors):
-            lines[0] += f", total strength {sum(v.strength**2 for v in self.vectors) ** 0.5:.3g}"
+            from .calibration import total_strength
+
+            lines[0] += f", total strength {total_strength(self):.3g}"
         for v in self.vectors:
             strength = "per row" if isinstance(v.strength, Tensor) else f"{v.strength:.3g}"
             known = "" if v.residual_norm is None else f" residual norms (of {v.residual_norm:.4g})"
