@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
+
+import nnsight
 
 from ._version import __version__
 
@@ -28,6 +32,7 @@ _HOMES = {
     "Receipt": "receipts",
     "measure": "receipts",
     "RecursiveFeatureMachine": "rfm",
+    "Remote": "remote",
     "Residual": "residual",
     "SteeringPlan": "steering",
     "SteeringVector": "steering",
@@ -63,12 +68,28 @@ if TYPE_CHECKING:
     from .receipts import Probe as Probe
     from .receipts import Receipt as Receipt
     from .receipts import measure as measure
+    from .remote import Remote as Remote
     from .residual import Residual as Residual
     from .rfm import RecursiveFeatureMachine as RecursiveFeatureMachine
     from .steering import SteeringPlan as SteeringPlan
     from .steering import SteeringVector as SteeringVector
     from .texts import ContrastPairs as ContrastPairs
     from .texts import example as example
+
+# A server does not have this package: what a remote block needs of it travels with the request, by value.
+nnsight.register(__name__)
+# what may be used inside a block
+_IN_A_TRACE = ("Positions", "Residual", "SteeringPlan", "SteeringVector")
+
+
+class _Package(types.ModuleType):
+    """This module; in a remote block that names it (`es.Positions.read(model)`) only what may run there travels."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return types.SimpleNamespace, (), {name: getattr(self, name) for name in _IN_A_TRACE}
+
+
+sys.modules[__name__].__class__ = _Package
 
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -1,6 +1,10 @@
 """The only place that touches nnsight's internals: which step a trace is in, and which rows an invoke owns.
 
-Checked with nnsight 0.8.1. Everything here also runs on a server, so it needs nnsight and greenlet alone.
+Checked with nnsight 0.8.1 and ndif 0.1.2. Everything here also runs on a server, so it needs nnsight and greenlet alone.
+
+An NDIF server may run a block in a *sandbox*: a process without the model, which asks the model's process for one value
+at a time. There nobody in the block's process counts how often the model came by a place, so what has been passed is
+known only from the step that a loop pins, until its first read.
 """
 
 from __future__ import annotations
@@ -26,38 +30,68 @@ def mediator(what: str) -> Any:
     return reference()
 
 
+def sandboxed(what: str) -> bool:
+    """Whether the block runs apart from the model, in an NDIF sandbox."""
+    return hasattr(mediator(what).interleaver, "connection")
+
+
 def current_step(model: Any, what: str) -> int:
     """Which forward pass of the run the block is in: 0 is the prompt, s the s-th decode step.
 
     A loop over `tracer.iter` pins the worker to its step until the first read; after that the count of the root's
-    inputs tells, because they come first in every forward.
+    outputs tells: as many as there were forwards before this one.
+
+    Raises:
+        RuntimeError: in a sandbox, after the step's first read.
     """
     worker = mediator(what)
     if worker.iteration is not None:
         return worker.iteration
-    return worker.occurrence(f"{model.path}.input") - 1
+    if sandboxed(what):
+        raise RuntimeError(
+            f"{what} comes after another read in this step, and this server's sandbox cannot tell which step that is: "
+            f"put it first in the step, or read positions = Positions.read(model) first and pass them to plan.apply."
+        )
+    return worker.occurrence(f"{model.path}.output")
+
+
+def pin(step: int, what: str) -> None:
+    """In a sandbox, makes the next read ask for `step`, and not for whichever comes next; elsewhere counts do that."""
+    if sandboxed(what):
+        mediator(what).iteration = step
 
 
 def passed(envoy: Any, kind: str, step: int, what: str) -> bool:
-    """Whether the model has already run past `envoy`'s input or output in `step` (a later read is the *next* step's)."""
+    """Whether the model has already run past `envoy`'s input or output in `step` (a later read is the *next* step's).
+
+    Always False in a sandbox: there a read that is pinned to its step fails at the end of the run (`in_step`).
+    """
     return mediator(what).occurrence(f"{envoy.path}.{kind}") > step
 
 
 def _batcher(what: str) -> Any:
-    """What put the invokes of the current run into one batch; None where nothing did."""
+    """What put the invokes of the current run into one batch; None where nothing did, and in a sandbox."""
     return getattr(mediator(what).interleaver, "batcher", None)
+
+
+def _groups(what: str) -> list[Any]:
+    """(first row, rows) of every invoke of the run that has rows of its own."""
+    every = getattr(mediator(what).interleaver, "mediators", None) or []
+    return [m.batch_group for m in every if m.batch_group is not None]
 
 
 def invoke_rows(what: str) -> int | None:
     """How many rows the current invoke owns, where several share the batch; None where the block sees every row."""
     batcher, group = _batcher(what), mediator(what).batch_group
-    return None if batcher is None or not batcher.batching or group is None else group[1]
+    several = batcher.batching if batcher is not None else len(_groups(what)) > 1
+    return group[1] if several and group is not None else None
 
 
 def batch_rows(what: str) -> int | None:
     """How many rows the prompts of the whole batch have; None where nnsight does not count them."""
     batcher = _batcher(what)
-    return None if batcher is None or not batcher.total else batcher.total
+    total = batcher.total if batcher is not None else max((start + rows for start, rows in _groups(what)), default=0)
+    return total or None
 
 
 def run_option(name: str, what: str) -> Any:
@@ -74,20 +108,24 @@ def every_step() -> Any:
     return Iterations()[:]
 
 
-class quiet_end:
-    """Ends the worker without nnsight's warning when a loop over steps asks for one that the run did not make.
+class in_step:
+    """A step's reads: ends the worker without nnsight's warning when a loop asks for a step that the run did not make.
 
-    An open loop over `tracer.iter` always ends so: its last request is unwound by `OutOfOrderError`. Anything that
-    happens in step 0 is a real mistake and passes through.
+    An open loop over `tracer.iter` always ends so: its last request is unwound by `OutOfOrderError`. In step 0, or after
+    something has been read in the step (`begun`), the same error means that the model has run past what was asked for.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, begun: bool, late: str) -> None:
         self.step = step
+        self.begun = begun
+        self.late = late
 
-    def __enter__(self) -> quiet_end:
+    def __enter__(self) -> in_step:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
-        if kind is OutOfOrderError and self.step > 0:
-            raise GreenletExit
+        if kind is OutOfOrderError:
+            if self.step > 0 and not self.begun:
+                raise GreenletExit
+            raise RuntimeError(self.late) from None
         return False

@@ -85,8 +85,9 @@ class Residual:
                 f"Asked for the residual stream of a {type(model).__name__}: wrap the model first, "
                 f"as in nnsight.NNsight(model) or TransformersModel(id, task='text-generation')."
             )
-        # the search walks the whole module tree, and a plan asks on every decode step: keep it on the module
-        known: dict[Any, Any] = model._module.__dict__.setdefault("_expertsteer_residual", {})
+        # The search walks the whole module tree, and a plan asks on every decode step. Kept on the wrapper: it travels with
+        # a remote request, and leaves nothing on a server's model.
+        known: dict[Any, Any] = model.__dict__.setdefault("_expertsteer_residual", {})
         if path not in known:
             config = config_of(model)
             found = path or layers_path(model._module, _field(config, "num_hidden_layers", "n_layers", "n_layer"))

@@ -13,18 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import nnsight
 import torch
 from torch import Tensor
 
-from ._nnsight import batch_rows, current_step, every_step, invoke_rows, passed, quiet_end
+from ._nnsight import batch_rows, current_step, every_step, in_step, invoke_rows, passed, pin
 from ._numeric import unit
 from .identity import ModelIdentity
 from .positions import WHERE, Positions, prefix_ids
 from .residual import Residual
-
-# a server does not have this package: what a plan needs there travels with the request
-nnsight.register("expertsteer_nnsight")
 
 
 def _add(h: Tensor, v: Tensor, size: Tensor) -> Tensor:
@@ -258,19 +254,23 @@ class SteeringPlan:
             ValueError: the plan does not fit the model or the batch; rows or positions that cannot be told apart.
         """
         what = "plan.apply(model)"
-        step = current_step(model, what)
+        begun = positions is not None
+        step = current_step(model, what) if positions is None else positions.step
         residual = self.check(model, any_id)
         prefix = prefix_ids(getattr(model, "tokenizer", None))
-        with quiet_end(step):
+        for vector in self.vectors:
+            late = (
+                f"The plan steers layer {vector.layer}, which the model has already run past in step {step}: apply the "
+                f"plan before reading later layers, and merge plans with + instead of applying one after another."
+            )
             if positions is None and any(_needs_positions(v, prefix) for v in self.vectors):
-                positions = Positions.read(model, prefix)
-            for vector in self.vectors:
-                if passed(residual.layers[vector.layer], "output", step, what):
-                    raise RuntimeError(
-                        f"The plan steers layer {vector.layer}, which the model has already run past in step {step}: apply the "
-                        f"plan before reading later layers, and merge plans with + instead of applying one after another."
-                    )
-                h = residual.read(vector.layer)
+                with in_step(step, begun, late):
+                    positions, begun = Positions.read(model, prefix), True
+            if passed(residual.layers[vector.layer], "output", step, what):
+                raise RuntimeError(late)
+            with in_step(step, begun, late):
+                pin(step, what)
+                h, begun = residual.read(vector.layer), True
                 _check_rows(vector, h, what)
                 mask = None
                 if positions is not None:
