@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export EXPERTSTEER_CACHE ?= $(HOME)/.cache/expertsteer_nnsight
 
-.PHONY: demo test fast lint models benchmark clean
+NDIF := build/ndif
+NDIF_SERVER := $(NDIF)/server/bin/python
+
+.PHONY: demo test fast lint models benchmark ndif ndif-client ndif-setup clean
 
 demo: models
 	$(BIN)/python -m recipes.demo $(ARGS)
@@ -35,5 +38,34 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+# the tests against a real NDIF server, which is started for them and stopped after them, once for either way it runs blocks
+ndif: ndif-setup ndif-client
+	for actor in process sandbox; do \
+		NDIF_ACTOR=$$actor $(NDIF_SERVER) -m ndif_server run --actor $$actor -- \
+			$(NDIF)/client/bin/python -P -m pytest -m ndif -o pythonpath=tests -o addopts="-p no:anyio --strict-markers" \
+			tests/ndif $(ARGS) || exit 1; \
+	done
+
+# a server's environment, which must lack this package, and models for it
+ndif-setup: models $(NDIF)/server/.ready
+	$(NDIF_SERVER) -m ndif_server.models
+
+$(NDIF)/server/.ready: ndif_server/requirements.txt
+	$(PYTHON) -m venv $(NDIF)/server
+	$(NDIF_SERVER) -m pip install --quiet --upgrade "pip>=24"
+	$(NDIF_SERVER) -m pip install --quiet "torch==2.13.0"
+	$(NDIF_SERVER) -m pip install --quiet -r ndif_server/requirements.txt
+	$(NDIF_SERVER) -m pip install --quiet --no-deps --ignore-requires-python "ndif==0.1.2"
+	touch $@
+
+# a client as a user has it: the package installed from its wheel, beside the development environment's libraries
+ndif-client: $(VENV)/.ready
+	rm -rf $(NDIF)/client $(NDIF)/wheel
+	$(PYTHON) -m venv --without-pip $(NDIF)/client
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(NDIF)/development.pth
+	cp $(NDIF)/development.pth $$($(NDIF)/client/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(NDIF)/wheel .
+	$(BIN)/python -m pip --python $(NDIF)/client/bin/python install --quiet --no-deps $(NDIF)/wheel/*.whl
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) build runs

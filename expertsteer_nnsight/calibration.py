@@ -2,27 +2,33 @@
 
 A batch holds one text in as many rows as there are plans, and row 0 unsteered: nothing is padded, and every row is
 compared with the unsteered one of its own forward. KL is KL(steered || unsteered) in nats, per token.
+
+With a remote model all texts go in one job for each batch of plans, and KL, NLL and log-odds are computed on the server:
+they are one number a token, where the logits would be one for each entry of the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nnsight
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .activations import tokenizer_of
+from .activations import host_of, tokenizer_of
 from .positions import Positions, affixes
 from .residual import Residual, config_of
 from .steering import SteeringPlan
 from .texts import as_texts, encode
+
+if TYPE_CHECKING:
+    from .remote import Remote
 
 
 def _kind(plan: SteeringPlan) -> tuple[Any, ...]:
@@ -65,20 +71,21 @@ def row_costs(logits: Tensor, ids: Tensor, start: int) -> list[Tensor]:
     return [torch.stack(kl), torch.stack(nll)]
 
 
-def _shared_states(model: Any, residual: Residual, ids: list[int], layer: int) -> Tensor | None:
+def _shared_states(model: Any, residual: Residual, ids: list[int], layer: int, stop: bool) -> Tensor | None:
     """Output `[1, position, hidden]` of `layer` for one unsteered text, if later layers need nothing else of the earlier.
 
     None where a layer puts out no plain tensor, or where skipping layers changes the logits (layers that share keys and
-    values, for one); a model is tried once and remembered.
+    values, for one); a model is tried once and remembered. `stop`: end the forward after `layer`, which a session in
+    NDIF's sandbox does not survive.
     """
     call = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    remembered: dict[str, bool] = model._module.__dict__.setdefault("_expertsteer_can_skip", {})
+    remembered: dict[str, bool] = model.__dict__.setdefault("_expertsteer_can_skip", {})
     block = residual.layers[layer]
     if remembered.get("ok") is False:
         return None
     with torch.no_grad(), model.trace(**call, use_cache=False) as tracer:
         output = nnsight.save(block.output)
-        if remembered:
+        if remembered and stop:
             tracer.stop()
         logits = nnsight.save(model.output.logits)
     if not isinstance(output, Tensor):
@@ -98,6 +105,34 @@ def _rows_that_fit(model: Any, length: int, rows: int | None) -> int:
     return rows or max(1, min(96, int(4e9 / (8 * length * vocabulary))))
 
 
+def _one_text(
+    model: Any,
+    steered: SteeringPlan,
+    ids: list[int],
+    prefix: int,
+    rows: int,
+    options: Mapping[str, Any],
+    border: bool,
+    reduce: Callable[[Tensor, Tensor, int], list[Tensor]],
+    stop: bool,
+) -> list[Tensor]:
+    """What `reduce(logits, ids, prefix)` makes of one text in `rows` rows. Runs on a server as a whole."""
+    residual, first = Residual(model), steered.layers[0]
+    tokens = torch.tensor([ids] * rows)
+    state = _shared_states(model, residual, ids, first - 1, stop) if first > 0 else None
+    skipped = [] if state is None else [(residual.layers[i], state) for i in range(first)]
+    lengths = [prefix + 1] * rows if border else None
+    call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False, **options}
+    with torch.no_grad(), model.trace(**call):
+        positions = Positions.read(model).without_row(0)
+        for block, output in skipped:
+            block.skip(output.expand(rows, -1, -1))
+        steered.apply(model, positions, lengths)
+        logits = model.output.logits
+        values = nnsight.save(reduce(logits, tokens[0].to(logits.device), prefix))
+    return [v.cpu() for v in values]
+
+
 def _rows(
     model: Any,
     plans: Sequence[SteeringPlan],
@@ -106,6 +141,7 @@ def _rows(
     *,
     forced: bool,
     rows: int | None,
+    remote: bool | str | Remote,
     progress: bool,
     label: str,
 ) -> list[list[Tensor]]:
@@ -114,36 +150,31 @@ def _rows(
     Rows that share a forward differ from the first steered layer on, so the layers before it run once, for one row.
     `forced` texts count as completions after their first token, others as prompts of which only the last logits matter.
     """
-    residual, tokenizer = Residual(model), tokenizer_of(model)
+    tokenizer, host = tokenizer_of(model), host_of(remote)
     known = affixes(tokenizer)
     encoded = [encode(tokenizer, t, known) for t in as_texts(texts)]
     # the head over a large vocabulary is a third of a forward, and most models can leave out all but the last position
     can_keep = not forced and "logits_to_keep" in signature(model._module.forward).parameters
-    extra = {"logits_to_keep": 1} if can_keep else {}
+    options = {"logits_to_keep": 1} if can_keep else {}
     size = _rows_that_fit(model, 1 if can_keep else max(len(ids) for ids, _ in encoded), rows)
     order = sorted(range(len(plans)), key=lambda i: _kind(plans[i]))
     chunks = [c for _, g in groupby(order, key=lambda i: _kind(plans[i])) for c in _batches(list(g), size)]
     found: list[list[list[Tensor]]] = []
     with tqdm(total=len(chunks) * len(encoded), desc=label, unit="forward", disable=not progress) as bar:
         for chunk in chunks:
-            steered, mine = stack([plans[i] for i in chunk]), []
-            first = steered.layers[0]
+            steered = stack([plans[i] for i in chunk])
+            count = len(chunk) + 1
             border = forced and any(v.where == "completion" for v in steered.vectors)
-            for ids, prefix in encoded:
-                tokens = torch.tensor([ids] * (len(chunk) + 1))
-                state = _shared_states(model, residual, ids, first - 1) if first > 0 else None
-                skipped = [] if state is None else [(residual.layers[i], state) for i in range(first)]
-                lengths = [prefix + 1] * len(tokens) if border else None
-                call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
-                with torch.no_grad(), model.trace(**call, **extra):
-                    positions = Positions.read(model).without_row(0)
-                    for block, output in skipped:
-                        block.skip(output.expand(len(tokens), -1, -1))
-                    steered.apply(model, positions, lengths)
-                    logits = model.output.logits
-                    values = nnsight.save(reduce(logits, tokens[0].to(logits.device), prefix))
-                mine.append([v.cpu() for v in values])
-                bar.update()
+            if host is not None:
+                with host.explained(label.capitalize()):
+                    backend = host.backend(model, bar.set_postfix_str)
+                    mine = _job(model, backend, steered, encoded, count, options, border, reduce)
+                bar.update(len(encoded))
+            else:
+                mine = []
+                for ids, prefix in encoded:
+                    mine.append(_one_text(model, steered, ids, prefix, count, options, border, reduce, True))
+                    bar.update()
             found.append(mine)
     place = [0, *(1 + torch.tensor([i for c in chunks for i in c]).argsort()).tolist()]
     joined = []
@@ -155,12 +186,36 @@ def _rows(
     return joined
 
 
+def _job(
+    model: Any,
+    backend: Any,
+    steered: SteeringPlan,
+    encoded: list[tuple[list[int], int]],
+    rows: int,
+    options: Mapping[str, Any],
+    border: bool,
+    reduce: Callable[[Tensor, Tensor, int], list[Tensor]],
+) -> list[list[Tensor]]:
+    """`_one_text` of every text, in one remote job."""
+    with model.session(backend=backend):
+        found = nnsight.save([])
+        for ids, prefix in encoded:
+            found.append(_one_text(model, steered, ids, prefix, rows, options, border, reduce, False))
+    return found
+
+
 def _batches(items: list[int], size: int) -> list[list[int]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def costs(
-    model: Any, plans: Sequence[SteeringPlan], texts: Any, *, rows: int | None = None, progress: bool = False
+    model: Any,
+    plans: Sequence[SteeringPlan],
+    texts: Any,
+    *,
+    rows: int | None = None,
+    remote: bool | str | Remote = False,
+    progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What plans do to a model on texts: KL `[1 + plan, token]` and NLL `[1 + plan, token]`, tokens of all texts joined.
 
@@ -169,9 +224,11 @@ def costs(
         plans: one a row; row 0 of the results is unsteered.
         texts: strings or chat messages. Special tokens that the tokenizer prepends are not counted.
         rows: plans a forward; as many as fit into about 4 GB if not given.
+        remote: True, "http://...", or a `Remote`: run on NDIF.
         progress: show a progress bar.
     """
-    found = _rows(model, plans, texts, row_costs, forced=True, rows=rows, progress=progress, label="KL on neutral text")
+    label = "KL on neutral text"
+    found = _rows(model, plans, texts, row_costs, forced=True, rows=rows, remote=remote, progress=progress, label=label)
     return torch.cat([kl for kl, _ in found], 1), torch.cat([nll for _, nll in found], 1)
 
 
@@ -183,6 +240,7 @@ def word_scores(
     negative: Sequence[str],
     *,
     rows: int | None = None,
+    remote: bool | str | Remote = False,
     progress: bool = False,
 ) -> Tensor:
     """Log-odds of `positive` over `negative` next words after each prompt, `[1 + plan, prompt]`, nats; row 0 unsteered.
@@ -204,7 +262,8 @@ def word_scores(
         last = logits[:, -1].float()
         return [last[:, up].logsumexp(-1) - last[:, down].logsumexp(-1)]
 
-    found = _rows(model, plans, prompts, odds, forced=False, rows=rows, progress=progress, label="effect on prompts")
+    label = "effect on prompts"
+    found = _rows(model, plans, prompts, odds, forced=False, rows=rows, remote=remote, progress=progress, label=label)
     return torch.stack([score for (score,) in found], 1)
 
 
@@ -256,6 +315,7 @@ def calibrate_many(
     start: float = 0.3,
     limit: float | int = 8.0,
     rounds: int = 12,
+    remote: bool | str | Remote = False,
     progress: bool = False,
 ) -> Calibration:
     """Finds, for every plan by itself, the strength at which the KL quantile over tokens meets the budget.
@@ -274,6 +334,7 @@ def calibrate_many(
         start: first strength tried, in residual norms.
         limit: largest strength tried.
         rounds: most evaluations of a plan.
+        remote: True, "http://...", or a `Remote`: run on NDIF.
         progress: show a progress bar.
     """
     curves: list[list[tuple[float, float]]] = [[] for _ in plans]
@@ -285,7 +346,7 @@ def calibrate_many(
             open_ = [i for i, tried in enumerate(next_try) if tried > 0]
             if not open_:
                 break
-            kl, nll = costs(model, [with_total(plans[i], next_try[i]) for i in open_], texts)
+            kl, nll = costs(model, [with_total(plans[i], next_try[i]) for i in open_], texts, remote=remote)
             unsteered = float(nll[0].mean())
             levels = torch.quantile(kl[1:], quantile, dim=1).tolist()
             if not all(math.isfinite(x) for x in levels) or max(levels) == 0:

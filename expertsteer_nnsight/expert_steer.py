@@ -9,24 +9,28 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
-from .activations import Activations, collect
+from .activations import Activations, collect, kept_until_done
 from .alignment import Aligner, CovarianceAligner, RidgeAligner
 from .autoencoder import AutoencoderAligner
 from .directions import find_direction
-from .identity import ModelIdentity
+from .identity import ModelIdentity, fingerprint
 from .layer_matching import LayerPair, match_layers
 from .plan_file import library_versions
 from .rfm import RecursiveFeatureMachine
 from .steering import SteeringPlan, SteeringVector
 from .texts import ContrastPairs, Position, as_texts, check_disjoint, texts_hash
+
+if TYPE_CHECKING:
+    from .remote import Remote
 
 Labelled = Mapping[int, Float[Tensor, "text hidden"]]
 Anchors = Mapping[int, Float[Tensor, "anchor hidden"]]
@@ -138,7 +142,9 @@ class ExpertSteer(BaseEstimator):
         anchors: Any,
         *,
         cache: str | Path | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        remote_expert: bool | str | Remote = False,
+        remote_target: bool | str | Remote = False,
         progress: bool = True,
     ) -> SteeringPlan:
         """Reads both models and returns the plan (the parts stay on this estimator).
@@ -148,29 +154,41 @@ class ExpertSteer(BaseEstimator):
             target: the model to steer, wrapped by nnsight.
             pairs: contrast pairs, in any form that `ContrastPairs.of` takes.
             anchors: unlabelled texts that both models read, none of them a labelled one.
-            cache: folder for the states, so that nothing is read twice and a crash loses nothing.
-            batch_size: texts a forward.
+            cache: folder for the states, so that nothing is read twice and a crash loses nothing. If a model is remote and
+                none is given, they are kept in the user's cache folder until the call succeeds.
+            batch_size: texts a forward (`collect`).
+            remote_expert: True, "http://...", or a `Remote`: read the expert on NDIF.
+            remote_target: the same for the target; the two may be on different hosts. Aligners, layer scores and directions
+                are fitted here: they need only the states, and a fitter needs libraries that a server lacks.
             progress: show progress bars.
 
         Raises:
             ValueError: an anchor is a labelled text, or a setting does not fit the models.
+            RemoteFailure: a host, a key or a model cannot be used, or a job failed.
         """
         pairs, anchors = ContrastPairs.of(pairs), as_texts(anchors)
         check_disjoint(anchors, pairs.texts)
         want_e, want_t = self.wanted_layers(ModelIdentity.of(expert), ModelIdentity.of(target))
 
-        def read(model: Any, texts: Any, layers: Any, name: str) -> Activations:
-            folder = None if cache is None else Path(cache) / name
-            return collect(model, texts, layers, self.position, batch_size=batch_size, cache=folder, progress=progress)
+        name = texts_hash([fingerprint(expert), fingerprint(target), *pairs.texts, *anchors])
+        edited = any(getattr(m, "_edits", None) for m in (expert, target))
+        spool = cache is None and not edited and (remote_expert is not False or remote_target is not False)
+        with kept_until_done(name) if spool else nullcontext(cache) as folder:
 
-        labelled = read(expert, pairs.texts, want_e, "expert-pairs")
-        self.fit_activations(
-            labelled,
-            pairs.labels,
-            read(expert, anchors, want_e, "expert-anchors"),
-            read(target, anchors, want_t, "target-anchors"),
-            groups=pairs.groups,
-        )
+            def read(model: Any, texts: Any, layers: Any, name: str, remote: Any) -> Activations:
+                where = None if folder is None else Path(folder) / name
+                return collect(
+                    model, texts, layers, self.position,
+                    batch_size=batch_size, cache=where, remote=remote, progress=progress,
+                )  # fmt: skip
+
+            self.fit_activations(
+                read(expert, pairs.texts, want_e, "expert-pairs", remote_expert),
+                pairs.labels,
+                read(expert, anchors, want_e, "expert-anchors", remote_expert),
+                read(target, anchors, want_t, "target-anchors", remote_target),
+                groups=pairs.groups,
+            )
         data = {"pairs": len(pairs), "pairs_hash": texts_hash(pairs.texts), "anchors": len(anchors)}
         info = {**self.plan_.info, "data": {**data, "anchors_hash": texts_hash(anchors)}}
         self.plan_ = SteeringPlan(self.plan_.vectors, self.plan_.target, info)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -21,6 +21,9 @@ from einops import rearrange
 from .calibration import Calibration, calibrate_many, with_total, word_scores
 from .plan_file import library_versions
 from .steering import SteeringPlan
+
+if TYPE_CHECKING:
+    from .remote import Remote
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def measure(
     kl_budget: float | int = 1.0,
     *,
     layer_pairs: Mapping[str, Sequence[tuple[int | None, int]]] | None = None,
+    remote: bool | str | Remote = False,
     progress: bool = True,
 ) -> Receipt:
     """Compares arms at equal KL; all their draws share forwards.
@@ -123,6 +127,7 @@ def measure(
         probe: what to measure with.
         kl_budget: nats, for the 95th percentile over tokens; lowered to what all arms reach, if some cannot.
         layer_pairs: (expert layer, target layer) by arm, to be told in the receipt.
+        remote: True, "http://...", or a `Remote`: run the target on NDIF.
         progress: show progress bars.
 
     Raises:
@@ -132,20 +137,20 @@ def measure(
     if not draws or not all(draws.values()):
         raise ValueError("There is no arm to measure, or one without plans.")
     signed = [sign * p for plans in draws.values() for p in plans for sign in (1.0, -1.0)]
-    found = calibrate_many(model, signed, probe.neutral, kl_budget, progress=progress)
+    found = calibrate_many(model, signed, probe.neutral, kl_budget, remote=remote, progress=progress)
     short = ~found.met & (found.kl < kl_budget)
     if short.any():
         kl_budget = float(found.kl[short].min())
-        found = calibrate_many(model, signed, probe.neutral, kl_budget, progress=progress)
-    return _receipt(model, draws, signed, found, probe, kl_budget, layer_pairs or {}, progress)
+        found = calibrate_many(model, signed, probe.neutral, kl_budget, remote=remote, progress=progress)
+    return _receipt(model, draws, signed, found, probe, kl_budget, layer_pairs or {}, remote, progress)
 
 
 def _receipt(
     model: Any, draws: dict[str, list[SteeringPlan]], signed: list[SteeringPlan], found: Calibration, probe: Probe,
-    kl_budget: float, layer_pairs: Mapping[str, Any], progress: bool,
+    kl_budget: float, layer_pairs: Mapping[str, Any], remote: bool | str | Remote, progress: bool,
 ) -> Receipt:  # fmt: skip
     ready = [with_total(p, float(s)) for p, s in zip(signed, found.strength, strict=True)]
-    scores = word_scores(model, ready, probe.prompts, probe.positive, probe.negative, progress=progress)
+    scores = word_scores(model, ready, probe.prompts, probe.positive, probe.negative, remote=remote, progress=progress)
     base, scores = scores[0], rearrange(scores[1:], "(draw sign) prompt -> draw sign prompt", sign=2)
     p95, mean_nll, strength = (
         rearrange(t, "(draw sign) -> draw sign", sign=2) for t in (found.kl, found.nll, found.strength)

@@ -1,0 +1,273 @@
+"""Models hosted on NDIF: where the host is, whether it can do the job, and sending a job until its result is here.
+
+`remote=True` (the host and key that nnsight is configured with), `remote="http://..."` or `remote=Remote(...)` mean the
+same thing in every function of the package. In a trace of your own, nnsight's `remote=True` works as ever;
+`backend=Remote(...).backend(model)` adds the checks and retries of this module.
+
+A job is the source of a traced block with the values that it uses; it changes nothing on the server, so one that was
+lost is sent again. One that failed by its own error is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import httpx
+from nnsight import CONFIG
+from nnsight.intervention.backends.remote import RemoteError
+from nnsight.schema.request import RequestModel
+
+from ._ndif_http import BROKEN, Lost, RemoteFailure, detail, model_key, send
+from .plan_file import library_versions
+
+if TYPE_CHECKING:
+    from ._ndif_backend import Backend
+
+_log = logging.getLogger(__package__)
+_answered: set[str] = set()  # hosts that were there before in this process: worth waiting for if they go away
+_checked: set[tuple[str, str | None]] = set()
+
+
+@dataclass
+class Traffic:
+    """What went over the network for a `Remote`: jobs sent, bytes of their requests, bytes of their results."""
+
+    jobs: int = 0
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass(frozen=True)
+class Remote:
+    """An NDIF host, and how patiently to use it.
+
+    Attributes:
+        host: such as `http://127.0.0.1:8001`; None for the one nnsight is configured with (`NDIF_HOST`, `nnsight.CONFIG`;
+            the public service by default).
+        api_key: None for the configured one (`NDIF_API_KEY`).
+        timeout: the longest to wait for one job, in seconds, with its time in the queue and all its retries.
+        retries: how often a job is sent again after the connection was refused or lost, the server had an error of its own
+            (5xx), or lost the job. The waits between double from 1 s to 60 s.
+        traffic: jobs and bytes so far.
+    """
+
+    host: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    timeout: float | int = 1800
+    retries: int = 8
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.host is not None and not self.host.startswith(("http://", "https://")):
+            raise ValueError(f"An NDIF host starts with http:// or https://, got {self.host!r}.")
+
+    @classmethod
+    def of(cls, remote: bool | str | Remote | None) -> Remote | None:
+        """What a `remote=` argument means; None for a local model.
+
+        Raises:
+            ValueError: neither a bool, nor an address, nor a `Remote`.
+        """
+        if remote is None or remote is False:
+            return None
+        if isinstance(remote, cls):
+            return remote
+        if remote is True:
+            return cls()
+        if isinstance(remote, str):
+            return cls(remote)
+        raise ValueError(f'remote= takes True, "http://...", or a Remote, got {remote!r}.')
+
+    @property
+    def address(self) -> str:
+        """The host's address."""
+        return (self.host or CONFIG.API.HOST).rstrip("/")
+
+    @property
+    def key(self) -> str | None:
+        """The API key that is sent, if any."""
+        return self.api_key or CONFIG.API.APIKEY or None
+
+    def backend(self, model: Any, say: Callable[[str], Any] | None = None) -> Backend:
+        """What to pass to nnsight: `with model.trace(prompt, backend=remote.backend(model))`.
+
+        Checks the host and the model first (`check`), once a process.
+
+        Args:
+            model: a `TransformersModel` made from a hub id.
+            say: gets the job's state as it changes; None for nnsight's own display.
+
+        Raises:
+            RemoteFailure: the host, the key or the model cannot be used.
+        """
+        from ._ndif_backend import Backend
+
+        self.check(model, say)
+        return Backend(model, self, say)
+
+    def check(self, model: Any, say: Callable[[str], Any] | None = None) -> str | None:
+        """Asks the host whether it is there, takes the key, has fitting versions, and runs the model.
+
+        Returns one sentence about the model (logged as a warning if it is not running), or None where this process has
+        asked before.
+
+        Raises:
+            RemoteFailure: no, and nothing that waiting would mend.
+
+        Warns:
+            UserWarning: torch, transformers or nnsight differ from those here.
+        """
+        name, found = model_key(model), None
+        if (self.address, self.key) not in _checked:
+            self._get("/ping", say)
+            _answered.add(self.address)
+            self._check_key(say)
+            self._check_versions()
+            _checked.add((self.address, self.key))
+        if (self.address, name) not in _checked:
+            found = self._state_of(model, name)
+            _checked.add((self.address, name))
+            if not found.endswith("is running."):
+                _log.warning(found)
+        return found
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What identifies the caller to the server."""
+        return {"ndif-api-key": self.key} if self.key else {}
+
+    def _get(self, path: str, say: Callable[[str], Any] | None = None) -> Any:
+        """JSON of a GET, retried while the host does not answer.
+
+        Raises:
+            RemoteFailure: it never did, or is no NDIF server.
+        """
+
+        def ask() -> Any:
+            answer = send(httpx.get, self.address + path, 60, headers=self.headers)
+            if answer.status_code >= 500:
+                raise Lost(detail(answer), BROKEN)
+            try:
+                if answer.status_code == 200:
+                    return answer.json()
+            except ValueError:
+                pass
+            raise RemoteFailure(
+                f"{self.address}{path} answers ({answer.status_code}), but not as an NDIF server does: check the address."
+            )
+
+        return self.retried(ask, say)
+
+    def retried(
+        self, do: Callable[[], Any], say: Callable[[str], Any] | None = None, until: float | None = None
+    ) -> Any:
+        """`do()`, again after each loss, up to the limits of this `Remote` (two retries for a host that never answered)."""
+        until = time.monotonic() + self.timeout if until is None else until
+        patience = self.retries if self.address in _answered else min(2, self.retries)
+        attempt = 0
+        while True:
+            try:
+                return do()
+            except Lost as lost:
+                limit = patience if lost.limit is None else min(patience, lost.limit)
+                wait = min(60.0, 2.0**attempt) * random.uniform(0.8, 1.2)
+                attempt += 1
+                if attempt > limit or time.monotonic() + wait > until:
+                    tried = "once" if attempt == 1 else f"{attempt} times"
+                    raise RemoteFailure(
+                        f"{self.address} was tried {tried} without success ({lost}): {lost.advice}."
+                    ) from lost
+                if say is not None:
+                    say(f"{lost}; again in {wait:.0f} s")
+                time.sleep(wait)
+
+    def _check_key(self, say: Callable[[str], Any] | None) -> None:
+        """A request without a job is refused for its key, if for nothing else (422 means that the key was taken)."""
+        envelope = {"data": RequestModel(model_key="").metadata()}
+
+        def ask() -> httpx.Response:
+            answer = send(httpx.post, f"{self.address}/request", 30, data=envelope, headers=self.headers)
+            if answer.status_code >= 500:
+                raise Lost(detail(answer), BROKEN)
+            return answer
+
+        self.refuse(self.retried(ask, say))
+
+    def refuse(self, answer: httpx.Response) -> None:
+        """Raises where the server did not take the key.
+
+        Raises:
+            RemoteFailure: that.
+        """
+        if answer.status_code in (400, 401, 403):
+            shown = f"the key {self.key[:4]}..." if self.key else "a request without a key"
+            told = detail(answer).replace(self.key, "...") if self.key else detail(answer)
+            raise RemoteFailure(
+                f"{self.address} refuses {shown} ({told}): set NDIF_API_KEY, or pass Remote(api_key=...)."
+            )
+
+    def _check_versions(self) -> None:
+        try:
+            answer = send(httpx.get, f"{self.address}/env", 90, headers=self.headers)
+            theirs = answer.json()["packages"] if answer.status_code == 200 else {}
+        except (Lost, ValueError, KeyError, TypeError):
+            return  # an old or a busy server does not tell; that is no reason not to try
+        ours = library_versions()
+        differ = [
+            n for n in ("nnsight", "torch", "transformers") if n in theirs and _minor(theirs[n]) != _minor(ours[n])
+        ]
+        told = ", ".join(f"{n} {theirs[n]} (here {ours[n]})" for n in differ)
+        if "nnsight" in differ:
+            raise RemoteFailure(
+                f"{self.address} has {told}, and they cannot read each other's jobs: install nnsight=={theirs['nnsight']} here."
+            )
+        if differ:
+            warnings.warn(
+                f"{self.address} has {told}: values may differ a little, and a job fails if modules are named otherwise; "
+                f"install the same versions here if it does.",
+                stacklevel=2,
+            )
+
+    def _state_of(self, model: Any, name: str) -> str:
+        shown = model.repo_id
+        try:
+            deployed = self._get("/status").get("deployments", {}).values()
+        except RemoteFailure:
+            return f"{self.address} does not tell whether it runs {shown}."
+        states = {d.get("application_state") for d in deployed if d.get("model_key") == name}
+        if "RUNNING" in states:
+            return f"{shown} on {self.address} is running."
+        if "DEPLOYING" in states:
+            return f"{shown} is being deployed on {self.address}: the first job waits for it."
+        for other in deployed:
+            if other.get("repo_id") == shown and other.get("model_key") != name:
+                return (
+                    f"{self.address} runs {shown} with task {other.get('task')!r} and revision "
+                    f"{other.get('revision') or 'main'!r} only, which is another model to it: make yours with the same, or wait "
+                    f"while it is loaded."
+                )
+        return (
+            f"{shown} is not running on {self.address}, which may load it now or refuse to: print(nnsight.status()) tells "
+            f"what runs."
+        )
+
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Turns a job's own error, a server's traceback, into one sentence with the traceback as its cause."""
+        try:
+            yield
+        except RemoteError as error:
+            lines = [line for line in str(error).strip().splitlines() if line.strip()] or ["no message"]
+            last = lines[-1].strip().rstrip(".") if "Traceback" in str(error) else " ".join(lines).rstrip(".")
+            raise RemoteFailure(f"{what} failed on {self.address}: {last}.") from error
+
+
+def _minor(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:2]
