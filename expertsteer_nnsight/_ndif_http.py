@@ -26,7 +26,7 @@ class Lost(Exception):
         self.limit = limit
 
 
-def send(method: Callable[..., httpx.Response], address: str, seconds: float, **call: Any) -> httpx.Response:
+def send(method: Callable[..., httpx.Response], address: str, seconds: float | int, **call: Any) -> httpx.Response:
     """`httpx.get` or `httpx.post`, with a limit on waiting.
 
     Raises:
@@ -56,7 +56,7 @@ def model_key(model: Any) -> str:
         RemoteFailure: the hub does not know it.
     """
     name = getattr(model, "repo_id", None)
-    if not hasattr(model, "to_model_key") or not isinstance(name, str):
+    if not hasattr(model, "to_model_key") or not isinstance(name, str) or not name:
         raise ValueError(
             f"A remote model is named by its hub id, which this {type(model).__name__} has not: make it as "
             f'TransformersModel("org/name", task="text-generation").'

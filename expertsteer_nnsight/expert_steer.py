@@ -314,7 +314,7 @@ def untrained_like(model: Any, random_state: int = 0) -> Any:
     The control that matters: what a fit gets out of it comes from the labels and the anchors, not from the expert.
 
     Args:
-        model: a `TransformersModel` of a causal LM.
+        model: a `TransformersModel` of a causal LM; of a remote one, the copy is made here.
         random_state: seed of the weights; torch's global generator is left as it was.
     """
     from nnsight.modeling.transformers import TransformersModel

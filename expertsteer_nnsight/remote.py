@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__package__)
 _answered: set[str] = set()  # hosts that were there before in this process: worth waiting for if they go away
-_checked: set[tuple[str, str | None]] = set()
+_checked: set[tuple[str, str | None, str]] = set()
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Remote:
     Attributes:
         host: such as `http://127.0.0.1:8001`; None for the one nnsight is configured with (`NDIF_HOST`, `nnsight.CONFIG`;
             the public service by default).
-        api_key: None for the configured one (`NDIF_API_KEY`).
+        api_key: None for the configured one (`NDIF_API_KEY`), which goes to whatever host is named.
         timeout: the longest to wait for one job, in seconds, with its time in the queue and all its retries.
         retries: how often a job is sent again after the connection was refused or lost, the server had an error of its own
             (5xx), or lost the job. The waits between double from 1 s to 60 s.
@@ -65,8 +65,8 @@ class Remote:
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     def __post_init__(self) -> None:
-        if self.host is not None and not self.host.startswith(("http://", "https://")):
-            raise ValueError(f"An NDIF host starts with http:// or https://, got {self.host!r}.")
+        if not self.address.startswith(("http://", "https://")):
+            raise ValueError(f"An NDIF host starts with http:// or https://, got {self.address!r}.")
 
     @classmethod
     def of(cls, remote: bool | str | Remote | None) -> Remote | None:
@@ -98,7 +98,7 @@ class Remote:
     def backend(self, model: Any, say: Callable[[str], Any] | None = None) -> Backend:
         """What to pass to nnsight: `with model.trace(prompt, backend=remote.backend(model))`.
 
-        Checks the host and the model first (`check`), once a process.
+        Checks the host and the model first, once a process, and logs a warning if the model is not running there.
 
         Args:
             model: a `TransformersModel` made from a hub id.
@@ -109,34 +109,31 @@ class Remote:
         """
         from ._ndif_backend import Backend
 
-        self.check(model, say)
-        return Backend(model, self, say)
-
-    def check(self, model: Any, say: Callable[[str], Any] | None = None) -> str | None:
-        """Asks the host whether it is there, takes the key, has fitting versions, and runs the model.
-
-        Returns one sentence about the model (logged as a warning if it is not running), or None where this process has
-        asked before.
-
-        Raises:
-            RemoteFailure: no, and nothing that waiting would mend.
-
-        Warns:
-            UserWarning: torch, transformers or nnsight differ from those here.
-        """
-        name, found = model_key(model), None
-        if (self.address, self.key) not in _checked:
-            self._get("/ping", say)
-            _answered.add(self.address)
-            self._check_key(say)
-            self._check_versions()
-            _checked.add((self.address, self.key))
-        if (self.address, name) not in _checked:
-            found = self._state_of(model, name)
-            _checked.add((self.address, name))
+        asked = (self.address, self.key, model_key(model))
+        if asked not in _checked:
+            found = self.check(model, say)
+            _checked.add(asked)
             if not found.endswith("is running."):
                 _log.warning(found)
-        return found
+        return Backend(model, self, say)
+
+    def check(self, model: Any, say: Callable[[str], Any] | None = None) -> str:
+        """Asks the host whether it is there, takes the key, has fitting versions, and runs the model.
+
+        Returns one sentence about the model: running, being deployed, or unknown to the host, and what to do.
+
+        Raises:
+            RemoteFailure: the host, the key or the model cannot be used.
+
+        Warns:
+            UserWarning: torch or transformers differ from those here.
+        """
+        name = model_key(model)
+        self._get("/ping", say)
+        _answered.add(self.address)
+        self._check_key(say)
+        self._check_versions()
+        return self._state_of(model, name)
 
     @property
     def headers(self) -> dict[str, str]:

@@ -288,7 +288,7 @@ class SteeringPlan:
             ValueError: the plan does not fit the model.
         """
         self.check(model, any_id)
-        plan = self
+        plan = SteeringPlan(self.vectors, self.target)  # what is known of its making need not travel
         with model.edit() as (_tracer, edited):
             _every_step(plan, edited, any_id)
         return edited

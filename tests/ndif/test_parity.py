@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import runpy
 
 import nnsight
 import pytest
@@ -281,3 +283,21 @@ def test_the_recipe_runs(models, capsys):
     plan = recipe.main(arguments)
     told = capsys.readouterr().out
     assert plan.target.name == "SmolLM2-135M-Instruct" and told.count("towards:") == 3 and "MB received" in told
+
+
+def test_the_readmes_code_runs(models, tmp_path, actor):
+    if actor == "sandbox":
+        pytest.skip("the other actor does")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python ndif\n(.*?)```", readme, flags=re.DOTALL))
+    changes = {
+        '"google/gemma-3-270m"': repr(BOS),
+        '"meta-llama/Llama-3.1-8B"': repr(SMOL),
+        'anchors=es.example("general")': 'anchors=es.example("general")[:200]',
+    }
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    (tmp_path / "readme.py").write_text(code, encoding="utf-8")
+    found = runpy.run_path(str(tmp_path / "readme.py"))
+    assert found["ids"].shape[1] > 20 and found["remote"].traffic.jobs > 3
