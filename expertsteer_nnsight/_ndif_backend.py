@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _SEND_SECONDS = 120.0
 _LARGE = 64 << 20  # a request of this many bytes may be more than a server takes
+_BUSY = "Cannot invoke while the model is already running"
 
 
 class Backend(RemoteBackend):
@@ -31,6 +32,7 @@ class Backend(RemoteBackend):
     def __init__(self, model: Any, remote: Remote, say: Callable[[str], Any] | None = None) -> None:
         super().__init__(model_key(model), host=remote.address, api_key=remote.key, env=model._remoteable_get_env())
         self.remote = remote
+        self._lost = False  # an earlier try of this job may still be running
         if say is not None:
             self.display: Any = _Display(say)
 
@@ -43,6 +45,7 @@ class Backend(RemoteBackend):
         """
         blob = self._serialize(tracer)
         until = time.monotonic() + self.remote.timeout
+        self._lost = False
         return self.remote.retried(lambda: self._once(request, blob, until), self._say, until)
 
     def _say(self, text: str) -> None:
@@ -67,9 +70,8 @@ class Backend(RemoteBackend):
             self.note(response)
             while True:
                 response = self._next(connection, until, response.status)
-                if response.status == Status.ERROR and _servers_own(response.description):
-                    loading = "ing model" in response.description  # provisioning or starting it
-                    raise Lost(response.description, LOADING if loading else BROKEN, 4 if loading else None)
+                if response.status == Status.ERROR:
+                    self._judge(response.description)
                 try:
                     result = self.handle(response)
                 except httpx.HTTPError as error:
@@ -87,14 +89,30 @@ class Backend(RemoteBackend):
                 self.display.refresh()
                 continue
             except (OSError, websocket.WebSocketException) as error:
+                self._lost = True
                 raise Lost(f"connection lost: {error}", UNREACHED) from error
             if not message:
+                self._lost = True
                 raise Lost("connection closed by the server", UNREACHED)
             return self.parse(message)
         raise RemoteFailure(
             f"No result from {self.remote.address} in {self.remote.timeout:g} s (last state of the job: {state.value}): "
             f"call again later, or wait longer with Remote(timeout=...)."
         )
+
+    def _judge(self, told: str) -> None:
+        """Raises where a job's ERROR is the server's failure: NDIF ends those alike, and a job's own has a traceback.
+
+        Raises:
+            Lost: that.
+        """
+        if _BUSY in told.strip().splitlines()[-1]:
+            # NDIF gives a model the next job while one whose connection broke still runs
+            raise Lost("the model is still busy with a lost job", BROKEN, None if self._lost else 2)
+        if "try again later" not in told or "Traceback" in told or told.startswith("Could not deploy"):
+            return
+        loading = "ing model" in told  # provisioning or starting it
+        raise Lost(told, LOADING if loading else BROKEN, 4 if loading else None)
 
     def _post(self, request: RequestModel, blob: bytes) -> ResponseModel:
         headers = {
@@ -151,8 +169,3 @@ class _Display:
 
     def refresh(self) -> None:
         pass
-
-
-def _servers_own(message: str) -> bool:
-    """Whether an ERROR is the server's failure, not the job's: NDIF ends those alike, and a job's has a traceback."""
-    return "try again later" in message and "Traceback" not in message and not message.startswith("Could not deploy")

@@ -263,7 +263,9 @@ class Remote:
         except RemoteError as error:
             lines = [line for line in str(error).strip().splitlines() if line.strip()] or ["no message"]
             last = lines[-1].strip().rstrip(".") if "Traceback" in str(error) else " ".join(lines).rstrip(".")
-            raise RemoteFailure(f"{what} failed on {self.address}: {last}.") from error
+            limit = any(word in last.lower() for word in ("execution timeout", "out of memory"))
+            hint = "; ask for less in one job (batch_size=, rows=)" if limit else ""
+            raise RemoteFailure(f"{what} failed on {self.address}: {last}{hint}.") from error
 
 
 def _minor(version: str) -> list[str]:

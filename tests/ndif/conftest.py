@@ -62,6 +62,17 @@ def models(host):
     return get
 
 
+@pytest.fixture
+def lean(actor):
+    """Calls that leave a case to the other actor: a sandboxed job starts a process of five seconds on these cores."""
+
+    def skip(case):
+        if case and actor == "sandbox":
+            pytest.skip("the other actor does")
+
+    return skip
+
+
 @pytest.fixture(autouse=True)
 def quiet(tmp_path, monkeypatch):
     from nnsight import CONFIG

@@ -83,6 +83,32 @@ def test_the_api_dies_and_comes_back_during_a_collect(models, stack, tmp_path):
     assert same(found, near, TEXTS)
 
 
+def test_the_api_dies_while_a_job_goes_on(models, stack):
+    """The model stays busy with the lost job, and refuses the same job until that has ended."""
+    far, _ = models(TINY)
+    started, told = threading.Event(), []
+
+    def say(text):
+        told.append(text)
+        if text == "running":
+            started.set()
+
+    def restart():
+        stack("kill", "api")
+        stack("restart", "api")
+
+    remote = Remote()
+    backend = remote.backend(far, say)
+    fault = Meanwhile(started.is_set, restart)
+    with far.trace("hello", backend=backend):
+        norm = far.model.layers[1].output.norm()
+        time.sleep(25)
+        norm = nnsight.save(norm)
+    fault.done()
+    print("\n", told)
+    assert float(norm) > 0 and any("busy" in text for text in told)
+
+
 def test_ray_dies_during_a_job(models, stack):
     far, _ = models(TINY)
     started = threading.Event()
@@ -209,6 +235,21 @@ def test_a_limit_on_waiting(models):
             nnsight.save(far.model.layers[1].output.sum())
     assert time.time() - start < 8
     assert "Remote(timeout=...)" in sentence(error)
+
+
+def test_the_servers_limit_on_running(models, stack):
+    far, _ = models(TINY)
+    stack("restart", "ray", "--set", "NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS=2")
+    try:
+        remote = Remote()
+        with pytest.raises(RemoteFailure, match=r"exceeded the execution timeout.*batch_size=") as error:
+            with remote.explained("Sleeping"):
+                with far.trace("hello", backend=remote.backend(far)):
+                    time.sleep(6)
+                    nnsight.save(far.model.layers[1].output.sum())
+        assert sentence(error).startswith("Sleeping failed on http") and remote.traffic.jobs == 1
+    finally:
+        stack("restart", "ray")
 
 
 def test_a_jobs_own_error_is_sent_once(models):

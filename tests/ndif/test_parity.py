@@ -87,7 +87,8 @@ def close(a, b):
 
 @REPOS
 @pytest.mark.parametrize("position", ["last", "mean", -2])
-def test_collected_states_are_the_local_ones(repo, position, models):
+def test_collected_states_are_the_local_ones(repo, position, models, lean):
+    lean(position != "last")
     far, near = models(repo)
     remote = Remote()
     a = es.collect(far, TEXTS, position=position, batch_size=25, remote=remote, progress=False)
@@ -100,9 +101,10 @@ def test_collected_states_are_the_local_ones(repo, position, models):
 
 @REPOS
 @pytest.mark.parametrize("name", ["everywhere", "prompt", "completion", "rows", "ops"])
-def test_steered_generation_has_the_local_tokens(repo, name, models):
+def test_steered_generation_has_the_local_tokens(repo, name, models, lean):
     if repo == SMOL and name in ("ops", "prompt"):
         pytest.skip("the tiny models do")
+    lean((repo, name) not in [(TINY, "everywhere"), (TINY, "completion"), (BOS, "prompt"), (SMOL, "rows")])
     far, near = models(repo)
     plan, plain = plans(near)[name], unsteered(near, False)
     local = by_apply(near, plan, False)
@@ -120,7 +122,8 @@ def test_unsteered_generation_has_the_local_tokens(repo, models):
 
 @REPOS
 @pytest.mark.parametrize("name", ["everywhere", "completion", "rows"])
-def test_traces_and_sessions_have_the_local_logits(repo, name, models, host):
+def test_traces_and_sessions_have_the_local_logits(repo, name, models, host, lean):
+    lean((repo, name) not in [(TINY, "rows"), (BOS, "completion"), (SMOL, "everywhere")])
     far, near = models(repo)
     plan = plans(near)[name]
     local = in_a_trace(near, plan, False)
@@ -228,7 +231,8 @@ def test_costs_effects_and_calibration_are_the_local_ones(models):
     assert torch.allclose(a.strength, b.strength, rtol=1e-3) and bool(a.met.all())
 
 
-def test_a_receipt_is_the_local_one(models):
+def test_a_receipt_is_the_local_one(models, lean):
+    lean(True)
     far, near = models(SMOL)
     data = es.example("sentiment_probe")
     probe = es.Probe(
@@ -242,7 +246,8 @@ def test_a_receipt_is_the_local_one(models):
 
 
 @pytest.mark.parametrize("where", ["expert", "target", "both"])
-def test_a_fit_is_the_local_one_wherever_the_models_are(where, models, host):
+def test_a_fit_is_the_local_one_wherever_the_models_are(where, models, host, lean):
+    lean(where != "both")
     far_expert, near_expert = models(BOS)
     far_target, near_target = models(TINY)
     pairs = es.example("sentiment_pairs").split("train")[:20]
@@ -263,7 +268,8 @@ def test_a_fit_is_the_local_one_wherever_the_models_are(where, models, host):
         assert a.residual_norm == pytest.approx(b.residual_norm, rel=1e-4)
 
 
-def test_what_comes_back_is_the_states_and_little_else(models):
+def test_what_comes_back_is_the_states_and_little_else(models, lean):
+    lean(True)
     far, _ = models(SMOL)
     texts = es.example("general")[:200]
     remote = Remote()
@@ -274,7 +280,8 @@ def test_what_comes_back_is_the_states_and_little_else(models):
     assert remote.traffic.jobs <= 4
 
 
-def test_the_recipe_runs(models, capsys):
+def test_the_recipe_runs(models, capsys, lean):
+    lean(True)
     # by its file: with the repository on the path the package would be found there, and not where it is installed
     spec = importlib.util.spec_from_file_location("steer_on_ndif", REPOSITORY / "recipes" / "steer_on_ndif.py")
     recipe = importlib.util.module_from_spec(spec)
@@ -285,9 +292,8 @@ def test_the_recipe_runs(models, capsys):
     assert plan.target.name == "SmolLM2-135M-Instruct" and told.count("towards:") == 3 and "MB received" in told
 
 
-def test_the_readmes_code_runs(models, tmp_path, actor):
-    if actor == "sandbox":
-        pytest.skip("the other actor does")
+def test_the_readmes_code_runs(models, tmp_path, lean):
+    lean(True)
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python ndif\n(.*?)```", readme, flags=re.DOTALL))
     changes = {

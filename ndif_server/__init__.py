@@ -1,0 +1,1 @@
+"""Starts a real NDIF server on one Linux machine, on the CPU. See README.md beside this file."""
