@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _SEND_SECONDS = 120.0
 _LARGE = 64 << 20  # a request of this many bytes may be more than a server takes
-_BUSY = "Cannot invoke while the model is already running"
+# what two jobs say that run in one model at the same time: NDIF gives it the next one while a job whose API died still runs
+_BUSY = ("Cannot invoke while the model is already running", "a different thread")
 
 
 class Backend(RemoteBackend):
@@ -106,8 +107,7 @@ class Backend(RemoteBackend):
         Raises:
             Lost: that.
         """
-        if _BUSY in told.strip().splitlines()[-1]:
-            # NDIF gives a model the next job while one whose connection broke still runs
+        if any(text in told.strip().splitlines()[-1] for text in _BUSY):
             raise Lost("the model is still busy with a lost job", BROKEN, None if self._lost else 2)
         if "try again later" not in told or "Traceback" in told or told.startswith("Could not deploy"):
             return

@@ -171,7 +171,7 @@ def test_a_wrong_host(address, models):
 
 def test_a_host_that_is_no_ndif_server(models):
     far, _ = models(TINY)
-    with pytest.raises(RemoteFailure, match="as no NDIF server does"):
+    with pytest.raises(RemoteFailure, match="but not as an NDIF server does"):
         es.collect(far, TEXTS[:2], remote=os.environ["HF_ENDPOINT"], progress=False)
 
 
