@@ -99,10 +99,10 @@ def _shared_states(model: Any, residual: Residual, ids: list[int], layer: int, s
     return output if remembered.get("ok") else None
 
 
-def _rows_that_fit(model: Any, length: int, rows: int | None) -> int:
-    """How many rows of logits, with as much again for what is made of them, stay within about 4 GB."""
+def _rows_that_fit(model: Any, length: int, rows: int | None, memory: float) -> int:
+    """How many rows of logits, with as much again for what is made of them, stay within so many bytes."""
     vocabulary = getattr(config_of(model), "vocab_size", None) or 50_000
-    return rows or max(1, min(96, int(4e9 / (8 * length * vocabulary))))
+    return rows or max(1, min(96, int(memory / (8 * length * vocabulary))))
 
 
 def _one_text(
@@ -156,7 +156,8 @@ def _rows(
     # the head over a large vocabulary is a third of a forward, and most models can leave out all but the last position
     can_keep = not forced and "logits_to_keep" in signature(model._module.forward).parameters
     options = {"logits_to_keep": 1} if can_keep else {}
-    size = _rows_that_fit(model, 1 if can_keep else max(len(ids) for ids, _ in encoded), rows)
+    length = 1 if can_keep else max(len(ids) for ids, _ in encoded)
+    size = _rows_that_fit(model, length, rows, 4e9 if host is None else 1e9)  # a server is shared
     order = sorted(range(len(plans)), key=lambda i: _kind(plans[i]))
     chunks = [c for _, g in groupby(order, key=lambda i: _kind(plans[i])) for c in _batches(list(g), size)]
     found: list[list[list[Tensor]]] = []
@@ -223,7 +224,7 @@ def costs(
         model: the target.
         plans: one a row; row 0 of the results is unsteered.
         texts: strings or chat messages. Special tokens that the tokenizer prepends are not counted.
-        rows: plans a forward; as many as fit into about 4 GB if not given.
+        rows: plans a forward; as many as fit into about 4 GB (1 GB if remote) if not given.
         remote: True, "http://...", or a `Remote`: run on NDIF.
         progress: show a progress bar.
     """
@@ -315,6 +316,7 @@ def calibrate_many(
     start: float = 0.3,
     limit: float | int = 8.0,
     rounds: int = 12,
+    rows: int | None = None,
     remote: bool | str | Remote = False,
     progress: bool = False,
 ) -> Calibration:
@@ -334,6 +336,7 @@ def calibrate_many(
         start: first strength tried, in residual norms.
         limit: largest strength tried.
         rounds: most evaluations of a plan.
+        rows: plans a forward (`costs`).
         remote: True, "http://...", or a `Remote`: run on NDIF.
         progress: show a progress bar.
     """
@@ -346,7 +349,7 @@ def calibrate_many(
             open_ = [i for i, tried in enumerate(next_try) if tried > 0]
             if not open_:
                 break
-            kl, nll = costs(model, [with_total(plans[i], next_try[i]) for i in open_], texts, remote=remote)
+            kl, nll = costs(model, [with_total(plans[i], next_try[i]) for i in open_], texts, rows=rows, remote=remote)
             unsteered = float(nll[0].mean())
             levels = torch.quantile(kl[1:], quantile, dim=1).tolist()
             if not all(math.isfinite(x) for x in levels) or max(levels) == 0:

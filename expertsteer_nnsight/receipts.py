@@ -116,6 +116,7 @@ def measure(
     kl_budget: float | int = 1.0,
     *,
     layer_pairs: Mapping[str, Sequence[tuple[int | None, int]]] | None = None,
+    rows: int | None = None,
     remote: bool | str | Remote = False,
     progress: bool = True,
 ) -> Receipt:
@@ -127,6 +128,7 @@ def measure(
         probe: what to measure with.
         kl_budget: nats, for the 95th percentile over tokens; lowered to what all arms reach, if some cannot.
         layer_pairs: (expert layer, target layer) by arm, to be told in the receipt.
+        rows: plans a forward (`costs`).
         remote: True, "http://...", or a `Remote`: run the target on NDIF.
         progress: show progress bars.
 
@@ -137,17 +139,18 @@ def measure(
     if not draws or not all(draws.values()):
         raise ValueError("There is no arm to measure, or one without plans.")
     signed = [sign * p for plans in draws.values() for p in plans for sign in (1.0, -1.0)]
-    found = calibrate_many(model, signed, probe.neutral, kl_budget, remote=remote, progress=progress)
+    found = calibrate_many(model, signed, probe.neutral, kl_budget, rows=rows, remote=remote, progress=progress)
     short = ~found.met & (found.kl < kl_budget)
     if short.any():
         kl_budget = float(found.kl[short].min())
-        found = calibrate_many(model, signed, probe.neutral, kl_budget, remote=remote, progress=progress)
-    return _receipt(model, draws, signed, found, probe, kl_budget, layer_pairs or {}, remote, progress)
+        found = calibrate_many(model, signed, probe.neutral, kl_budget, rows=rows, remote=remote, progress=progress)
+    return _receipt(model, draws, signed, found, probe, kl_budget, layer_pairs or {}, rows, remote, progress)
 
 
 def _receipt(
     model: Any, draws: dict[str, list[SteeringPlan]], signed: list[SteeringPlan], found: Calibration, probe: Probe,
-    kl_budget: float, layer_pairs: Mapping[str, Any], remote: bool | str | Remote, progress: bool,
+    kl_budget: float, layer_pairs: Mapping[str, Any], rows: int | None, remote: bool | str | Remote,
+    progress: bool,
 ) -> Receipt:  # fmt: skip
     ready = [with_total(p, float(s)) for p, s in zip(signed, found.strength, strict=True)]
     scores = word_scores(model, ready, probe.prompts, probe.positive, probe.negative, remote=remote, progress=progress)
