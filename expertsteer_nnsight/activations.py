@@ -7,10 +7,8 @@ the states of all positions would be a hundred times as much to download.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +17,11 @@ import nnsight
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ._shards import joined, kept_until_done, open_cache, shards_of, write_shard
 from .identity import ModelIdentity, fingerprint
-from .packaged_models import cache_folder
 from .positions import affixes
 from .residual import Residual, hidden
 from .texts import Position, as_texts, encode, texts_hash, token_index
@@ -32,7 +29,6 @@ from .texts import Position, as_texts, encode, texts_hash, token_index
 if TYPE_CHECKING:
     from .remote import Remote
 
-_MANIFEST = "manifest.json"
 _INLINE = 8 << 20  # a larger result is not sent with the answer, but fetched from the server's store
 _TOKENS = 1 << 15  # padded tokens of a remote request: what one forward of a shared server should hold
 
@@ -65,13 +61,15 @@ class Activations(Mapping):
         if self.shards is None:
             return self._memory[key]
         parts, order = [], []
-        for shard in sorted(self.shards.glob("shard-*.safetensors")):
+        for shard in shards_of(self.shards):
             with safe_open(shard, framework="pt") as file:
                 parts.append(file.get_tensor(key))
                 order.append(file.get_tensor("index"))
-        if len({part.dtype for part in parts}) > 1:
+        found = sorted(torch.cat(order).tolist())
+        if found != list(range(self.n_texts)) or len({part.dtype for part in parts}) > 1:
             raise ValueError(
-                f"The shards in {self.shards} have several dtypes, as if the server's had changed: collect them anew."
+                f"The shards in {self.shards} hold {len(found)} rows for {self.n_texts} texts, in dtypes "
+                f"{sorted({str(part.dtype) for part in parts})}: delete the folder and collect the states anew."
             )
         return torch.cat(parts)[torch.cat(order).argsort()]
 
@@ -134,7 +132,7 @@ def collect(
         batch_size: texts a forward, and a request if remote. None: 32; if remote up to 100, as many as have results of
             8 MiB (which come with the answer) and 32768 tokens with their padding.
         cache: folder for shards. What an interrupted call finished there is not run again.
-        shard_size: texts a shard; a remote request is a shard of its own.
+        shard_size: texts a shard, at least; a remote request is a shard of its own.
         dtype: of the stored states; the model's own if None. A remote model's are converted before they travel.
         remote: True, "http://...", or a `Remote`: run on NDIF. Without `cache` what came back is kept in the user's cache
             folder until the call succeeds, so that a call that failed goes on where it stopped when it is made again.
@@ -159,60 +157,54 @@ def collect(
     at = [token_index(position, ids, prefix) for ids, prefix in encoded]
     rule = f"function {texts_hash(map(str, at))}" if callable(position) else str(position)
     identity = ModelIdentity.of(model)
-    lengths = [len(ids) for ids, _ in encoded]
-    order = sorted(range(len(texts)), key=lengths.__getitem__)
-    if host is None:
-        size = shard_size if cache is not None else len(order)
-        shards = [_cut(order[i : i + size], batch_size or 32) for i in range(0, len(order), size)]
-    else:
-        bytes_each = len(chosen) * (residual.hidden_size or 4096) * (4 if dtype is None else dtype.itemsize)
-        most = batch_size or max(1, min(100, _INLINE // bytes_each))
-        shards = [[batch] for batch in _cut(order, most, lengths, None if batch_size else _TOKENS)]
     settings = {"model": fingerprint(model, remote=host is not None), "texts": texts_hash(texts),
                 "tokens": texts_hash(map(str, encoded)), "layers": list(chosen), "position": rule,
-                "shard_size": shard_size if host is None else f"requests of {batch_size or 'the usual size'}",
                 "dtype": str(dtype)}  # fmt: skip
-    if cache is not None and getattr(model, "_edits", None):
+    edited = bool(getattr(model, "_edits", None))
+    if cache is not None and edited:
         raise ValueError(
             "An edited model's states cannot be kept in a cache, which could not tell the edit: omit cache=."
         )
-    keep = host is not None and cache is None and not getattr(model, "_edits", None)
-    memory: dict[str, Tensor] = {}
-    with kept_until_done(texts_hash([json.dumps(settings)])) if keep else nullcontext(cache) as folder:
+    lengths = [len(ids) for ids, _ in encoded]
+    most, tokens = batch_size or 32, None
+    if host is not None:
+        bytes_each = len(chosen) * (residual.hidden_size or 4096) * (4 if dtype is None else dtype.itemsize)
+        most, tokens = batch_size or max(1, min(100, _INLINE // bytes_each)), None if batch_size else _TOKENS
+        shard_size = 1  # every request is kept as it comes
+
+    def read(batch: list[int], bar: tqdm) -> dict[str, Tensor]:
+        rows = [(*encoded[i], at[i]) for i in batch]
+        if host is None:
+            return _forward(model, residual, rows, chosen, dtype, None)
+        kept = "" if edited else f"; {bar.n} of {len(texts)} texts are kept, and the same call goes on from there"
+        with host.explained(f"Reading {len(batch)} texts", kept):
+            return _forward(model, residual, rows, chosen, dtype, host.backend(model, bar.set_postfix_str))
+
+    spool = host is not None and cache is None and not edited
+    with kept_until_done(texts_hash([json.dumps(settings)])) if spool else nullcontext(cache) as folder:
         folder = None if folder is None else Path(folder)
-        if folder is not None:
-            _open_cache(folder, settings)
-        with tqdm(
-            total=len(texts), desc=f"states of {identity.name or identity.kind}", unit="text", disable=not progress
-        ) as bar:
-            parts = []
-            for number, batches in enumerate(shards):
-                file = None if folder is None else folder / f"shard-{number:05d}.safetensors"
-                if file is not None and file.exists():
-                    bar.update(sum(map(len, batches)))
-                    continue
-                rows: dict[str, list[Tensor]] = {}
-                for batch in batches:
-                    backend = None if host is None else host.backend(model, bar.set_postfix_str)
-                    with nullcontext() if host is None else host.explained(f"Reading {len(batch)} texts"):
-                        found = _forward(model, residual, [(*encoded[i], at[i]) for i in batch], chosen, dtype, backend)
-                    for key, value in found.items():
-                        rows.setdefault(key, []).append(value)
-                    bar.update(len(batch))
-                shard = {key: torch.cat(values) for key, values in rows.items()}
-                if file is not None:
-                    _write(file, {**shard, "index": torch.tensor([i for batch in batches for i in batch])})
-                else:
-                    parts.append(shard)
+        done = set() if folder is None else open_cache(folder, settings)
+        todo = sorted(set(range(len(texts))) - done, key=lambda i: (lengths[i], i))
+        label = f"states of {identity.name or identity.kind}"
+        with tqdm(total=len(texts), initial=len(done), desc=label, unit="text", disable=not progress) as bar:
+            unsaved: list[dict[str, Tensor]] = []
+            for batch in _cut(todo, most, lengths, tokens):
+                unsaved.append({**read(batch, bar), "index": torch.tensor(batch)})
+                bar.update(len(batch))
+                full = sum(len(part["index"]) for part in unsaved) >= shard_size
+                if folder is not None and (full or batch[-1] == todo[-1]):
+                    write_shard(folder, joined(unsaved))
+                    unsaved = []
             bar.set_postfix_str("")
+        found = Activations(identity, chosen, len(texts), rule, folder)
         if cache is not None:
-            return Activations(identity, chosen, len(texts), rule, folder)
+            return found
         if folder is not None:
-            on_disk = Activations(identity, chosen, len(texts), rule, folder)
-            memory = {f"{kind}.{i}": on_disk._read(f"{kind}.{i}") for i in chosen for kind in ("layer", "norm")}
+            memory = {f"{kind}.{i}": found._read(f"{kind}.{i}") for i in chosen for kind in ("layer", "norm")}
         else:
-            back = torch.tensor(order).argsort()
-            memory = {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}
+            memory = joined(unsaved)
+            back = memory.pop("index").argsort()
+            memory = {key: value[back] for key, value in memory.items()}
     return Activations(identity, chosen, len(texts), rule, None, memory)
 
 
@@ -238,14 +230,6 @@ def _cut(
         else:
             found.append([i])
     return found
-
-
-@contextmanager
-def kept_until_done(name: str) -> Iterator[Path]:
-    """A folder in the user's cache that is deleted when the block succeeds, and is there again for the next try if not."""
-    folder = cache_folder() / "unfinished" / name
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def tokenizer_of(model: Any) -> Any:
@@ -309,32 +293,3 @@ def pick(h: Tensor, own: Tensor, column: Tensor, mean: bool) -> tuple[Tensor, Te
         return torch.einsum("rph,rp->rh", wide, weight).to(h.dtype), norms  # einops may be missing on a server
     # a copy: a view would keep the whole layer alive
     return h[torch.arange(len(h), device=h.device), column].clone(), norms
-
-
-def _open_cache(folder: Path, settings: dict[str, Any]) -> None:
-    manifest = folder / _MANIFEST
-    folder.mkdir(parents=True, exist_ok=True)
-    if manifest.exists():
-        stored = json.loads(manifest.read_text())
-        differ = [k for k in settings if stored.get(k) != settings[k]]
-        # other texts have other tokens; the same texts have them with another tokenizer or chat template
-        differ = [k for k in differ if k != "tokens" or "texts" not in differ]
-        if differ:
-            raise ValueError(
-                f"The cache {folder} was made with another {', '.join(differ)}: pass another folder, or delete this one."
-            )
-        return
-    temporary = manifest.with_suffix(".partial")
-    if any(file != temporary for file in folder.iterdir()):
-        raise ValueError(
-            f"The folder {folder} is not empty and holds no activations: pass an empty or a new one as cache=."
-        )
-    temporary.write_text(json.dumps(settings))
-    os.replace(temporary, manifest)
-
-
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    # a shard is there whole or not at all, so that a kill leaves nothing half-written
-    temporary = file.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-    os.replace(temporary, file)

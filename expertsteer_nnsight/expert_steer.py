@@ -18,7 +18,8 @@ from jaxtyping import Float
 from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
-from .activations import Activations, collect, kept_until_done
+from ._shards import kept_until_done
+from .activations import Activations, collect
 from .alignment import Aligner, CovarianceAligner, RidgeAligner
 from .autoencoder import AutoencoderAligner
 from .directions import find_direction

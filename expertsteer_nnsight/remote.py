@@ -256,8 +256,13 @@ class Remote:
         )
 
     @contextmanager
-    def explained(self, what: str) -> Iterator[None]:
-        """Turns a job's own error, a server's traceback, into one sentence with the traceback as its cause."""
+    def explained(self, what: str, after: str = "") -> Iterator[None]:
+        """Turns a job's own error, a server's traceback, into one sentence with the traceback as its cause.
+
+        Args:
+            what: what the job was for; the beginning of the sentence.
+            after: what to add to the end of every failure's sentence.
+        """
         try:
             yield
         except RemoteError as error:
@@ -265,7 +270,10 @@ class Remote:
             last = lines[-1].strip().rstrip(".") if "Traceback" in str(error) else " ".join(lines).rstrip(".")
             limit = any(word in last.lower() for word in ("execution timeout", "out of memory"))
             hint = "; ask for less in one job (batch_size=, rows=)" if limit else ""
-            raise RemoteFailure(f"{what} failed on {self.address}: {last}{hint}.") from error
+            raise RemoteFailure(f"{what} failed on {self.address}: {last}{hint}{after}.") from error
+        except RemoteFailure as failure:
+            failure.args = (f"{str(failure).rstrip('.')}{after}.",)
+            raise
 
 
 def _minor(version: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,7 +336,6 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
         "texts": [(tiny(), TEXTS[::-1], {}), (tiny(), TEXTS[:-1], {}), (tiny(), [*TEXTS[:-1], "A test"], {})],
         "layers": [(tiny(), TEXTS, {"layers": [1]})],
         "position": [(tiny(), TEXTS, {"position": p}) for p in ("mean", 0, lambda ids: -1)],
-        "shard_size": [(tiny(), TEXTS, {"shard_size": 5})],
         "dtype": [(tiny(), TEXTS, {"dtype": torch.float16})],
     }
     for what, calls in others.items():
@@ -346,6 +346,21 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
         collect(tiny(), TEXTS[:2], **{**base, "layers": [1]})
     assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
     collect(tiny(), TEXTS, **base)
+
+
+def test_a_run_goes_on_with_other_sizes_and_no_text_twice(tmp_path):
+    model = build(seed=1)
+    first = blocks(model)[0]
+    with counted(first, at=3, error=KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        collect(model, TEXTS, cache=tmp_path, batch_size=2, shard_size=2, progress=False)
+    with counted(first) as counts:
+        found = collect(model, TEXTS, cache=tmp_path, batch_size=1, shard_size=3, progress=False)
+    assert counts == [len(TEXTS) - 4]
+    same(found, collect(model, TEXTS, progress=False), lambda a, b: torch.allclose(a, b, atol=1e-6))
+    shards = sorted(tmp_path.glob("shard-*"))
+    shutil.copy(shards[0], tmp_path / "shard-00099.safetensors")
+    with pytest.raises(ValueError, match=f"hold {len(TEXTS) + 2} rows for {len(TEXTS)} texts.*delete the folder"):
+        found[0]
 
 
 def test_functions_that_choose_the_same_tokens_share_a_cache(tmp_path):
