@@ -11,7 +11,7 @@ import nnsight
 
 from ._version import __version__
 
-# name -> module: public names are imported when first used, so that `import expertsteer_nnsight` costs next to nothing
+# name -> module: public names are imported when first used, so that `import expertsteer_nnsight` costs what nnsight does
 _HOMES = {
     "Activations": "activations",
     "collect": "activations",
@@ -76,17 +76,26 @@ if TYPE_CHECKING:
     from .texts import ContrastPairs as ContrastPairs
     from .texts import example as example
 
-# A server does not have this package: what a remote block needs of it travels with the request, by value.
+# A server does not have this package: what a remote block needs of it travels with the request, by value. It must be known
+# before nnsight writes a request, and nothing of ours runs between here and there.
 nnsight.register(__name__)
 # what may be used inside a block
 _IN_A_TRACE = ("Positions", "Residual", "SteeringPlan", "SteeringVector")
+
+
+def _rebuilt(name: str, parts: dict[str, Any]) -> Any:
+    """The package where it can be imported, such as in another process of this machine; its parts elsewhere."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return types.SimpleNamespace(**parts)
 
 
 class _Package(types.ModuleType):
     """This module; in a remote block that names it (`es.Positions.read(model)`) only what may run there travels."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return types.SimpleNamespace, (), {name: getattr(self, name) for name in _IN_A_TRACE}
+        return _rebuilt, (__name__, {name: getattr(self, name) for name in _IN_A_TRACE})
 
 
 sys.modules[__name__].__class__ = _Package

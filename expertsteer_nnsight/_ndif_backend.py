@@ -15,7 +15,19 @@ from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel, Status
 
-from ._ndif_http import BROKEN, CONNECT_SECONDS, LOADING, UNREACHED, Lost, RemoteFailure, detail, model_key, send
+from ._ndif_http import (
+    BROKEN,
+    CONNECT_SECONDS,
+    LOADING,
+    SMALLER,
+    UNREACHED,
+    Lost,
+    RemoteFailure,
+    detail,
+    model_key,
+    one_line,
+    send,
+)
 from .plan_file import library_versions
 
 if TYPE_CHECKING:
@@ -32,6 +44,7 @@ class Backend(RemoteBackend):
 
     def __init__(self, model: Any, remote: Remote, say: Callable[[str], Any] | None = None) -> None:
         super().__init__(model_key(model), host=remote.address, api_key=remote.key, env=model._remoteable_get_env())
+        self.api_key = remote.key  # nnsight takes the configured one for none
         self.remote = remote
         self._lost = False  # an earlier try of this job may still be running
         if say is not None:
@@ -56,17 +69,11 @@ class Backend(RemoteBackend):
             print(text, file=sys.stderr)  # noqa: T201 - nnsight's own display cannot show it
 
     def _once(self, request: RequestModel, blob: bytes, until: float) -> Any:
-        address = f"{self.ws_host}/subscribe"
-        header = [f"ndif-api-key: {self.api_key}"] if self.api_key else None
-        try:
-            connection = websocket.create_connection(address, timeout=CONNECT_SECONDS, header=header)
-        except (OSError, websocket.WebSocketException) as error:
-            raise Lost(f"no connection: {error}", UNREACHED) from error
-        with closing(connection):
+        with closing(self._connection()) as connection:
             try:
                 request.session_id = json.loads(connection.recv())["session_id"]
             except (OSError, ValueError, KeyError, TypeError, websocket.WebSocketException) as error:
-                raise Lost(f"no session: {error}", UNREACHED) from error
+                raise Lost(f"no session: {one_line(str(error))}", UNREACHED) from error
             response = self._post(request, blob)
             self.note(response)
             while True:
@@ -79,6 +86,21 @@ class Backend(RemoteBackend):
                     raise Lost(f"the result could not be downloaded: {error}", BROKEN) from error
                 if response.status == Status.COMPLETED:
                     return result
+
+    def _connection(self) -> Any:
+        header = [f"ndif-api-key: {self.api_key}"] if self.api_key else None
+        try:
+            return websocket.create_connection(f"{self.ws_host}/subscribe", timeout=CONNECT_SECONDS, header=header)
+        except websocket.WebSocketBadStatusException as error:
+            # its text holds the whole answer, which may be a proxy's page
+            if error.status_code >= 500 or error.status_code == 429:
+                raise Lost(f"no connection: status {error.status_code}", BROKEN) from error
+            raise RemoteFailure(
+                f"{self.remote.address}/subscribe answers {error.status_code} to a websocket, which jobs need: check the "
+                f"address, and that nothing between here and there blocks websockets."
+            ) from error
+        except (OSError, websocket.WebSocketException) as error:
+            raise Lost(f"no connection: {one_line(str(error))}", UNREACHED) from error
 
     def _next(self, connection: Any, until: float, state: Status) -> ResponseModel:
         """The job's next status."""
@@ -107,8 +129,8 @@ class Backend(RemoteBackend):
         Raises:
             Lost: that.
         """
-        if any(text in told.strip().splitlines()[-1] for text in _BUSY):
-            raise Lost("the model is still busy with a lost job", BROKEN, None if self._lost else 2)
+        if self._lost and any(text in told.rstrip().rpartition("\n")[2] for text in _BUSY):
+            raise Lost("the model is still busy with a lost job", BROKEN)
         if "try again later" not in told or "Traceback" in told or told.startswith("Could not deploy"):
             return
         loading = "ing model" in told  # provisioning or starting it
@@ -123,28 +145,28 @@ class Backend(RemoteBackend):
         }
         files = {"blob": ("request", blob, "application/octet-stream")}
         call = {"data": {"data": request.metadata()}, "files": files, "headers": headers}
-
-        def too_large(told: object) -> RemoteFailure:
-            return RemoteFailure(
-                f"{self.remote.address} does not take a request of {len(blob) / 1e6:.0f} MB ({told}): send fewer texts in one "
-                f"(batch_size=) or smaller tensors."
-            )
-
+        size = f"the request has {len(blob) / 1e6:.0f} MB, which may be more than the server takes; {SMALLER}"
+        large = len(blob) > _LARGE
         try:
             answer = send(httpx.post, f"{self.remote.address}/request", _SEND_SECONDS, **call)
         except Lost as lost:
-            if len(blob) > _LARGE:
-                raise too_large(lost) from lost
+            self._lost = True  # the server may have it
+            if large and not isinstance(lost.__cause__, httpx.ConnectError):
+                raise Lost(str(lost), size, 1) from lost
             raise
         self.remote.traffic.jobs += 1
         self.remote.traffic.sent += len(blob)
-        if answer.status_code == 413 or (answer.status_code >= 500 and len(blob) > _LARGE):
-            raise too_large(detail(answer))
-        if answer.status_code >= 500 or answer.status_code == 429:
+        if answer.status_code == 413:
+            raise RemoteFailure(f"{self.remote.address} refuses the job ({detail(answer)}): {size}.")
+        if answer.status_code in (429, 503, 504):
             raise Lost(detail(answer), BROKEN)
+        if answer.status_code >= 500:
+            raise Lost(detail(answer), size, 1) if large else Lost(detail(answer), BROKEN)
         self.remote.refuse(answer)
         if answer.status_code != 200:
-            raise RemoteFailure(f"{self.remote.address} refuses the request ({answer.status_code}: {detail(answer)}).")
+            raise RemoteFailure(
+                f"{self.remote.address} cannot read the request ({detail(answer)}): compare the versions."
+            )
         return ResponseModel.model_validate_json(answer.text)
 
     def finalize(self, content: bytes) -> Any:
@@ -156,7 +178,7 @@ class Backend(RemoteBackend):
 class _Display:
     """Hands a job's state to whoever shows it."""
 
-    enabled = True
+    enabled = False  # no bar of nnsight's own for a large download beside ours
 
     def __init__(self, say: Callable[[str], Any]) -> None:
         self.say = say

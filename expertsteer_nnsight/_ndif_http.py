@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ CONNECT_SECONDS = 10.0
 UNREACHED = "check that the address is right and the server is up, then call again"
 BROKEN = "the server answers, but failed each time; call again later, or ask those who run it"
 LOADING = "the server may be unable to load this model; try another one, or call again later"
+SMALLER = "send fewer texts in one (batch_size=) or smaller tensors"
 
 
 class RemoteFailure(RuntimeError):
@@ -31,21 +33,31 @@ def send(method: Callable[..., httpx.Response], address: str, seconds: float | i
 
     Raises:
         Lost: no connection, or one that broke.
+        RemoteFailure: an address or a header that HTTP does not know.
     """
     try:
         return method(address, timeout=httpx.Timeout(CONNECT_SECONDS, read=seconds, write=seconds), **call)
+    except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL) as error:
+        raise RemoteFailure(
+            f"{address} cannot be asked ({type(error).__name__}): check the address and the key."
+        ) from None
     except httpx.TransportError as error:
         raise Lost(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, UNREACHED) from error
 
 
 def detail(answer: httpx.Response) -> str:
-    """What a server says about an error."""
+    """What a server says about an error, in one line."""
     try:
         body = answer.json()
         told = body.get("detail") if isinstance(body, dict) else body
     except ValueError:
-        told = answer.text[:200]
-    return str(told).rstrip(".") if told else f"status {answer.status_code}"
+        told = re.sub(r"<[^>]*>", " ", answer.text)
+    return one_line(str(told))[:200].rstrip(". ") if told else f"status {answer.status_code}"
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks, never empty."""
+    return " ".join(text.split()) or "no message"
 
 
 def model_key(model: Any) -> str:
@@ -67,6 +79,6 @@ def model_key(model: Any) -> str:
         raise ValueError(f"nnsight cannot run a {type(model).__name__} remotely: use a TransformersModel.") from None
     except Exception as error:  # the hub client has many: no such repository, no network, an id that is no id
         raise RemoteFailure(
-            f"The hub does not tell of a model {name!r} ({type(error).__name__}: {str(error).strip().splitlines()[0]}): "
+            f"The hub does not tell of a model {name!r} ({type(error).__name__}: {one_line(str(error))[:200]}): "
             f"a remote model needs the id of a hub repository, and the hub must be reachable from here."
         ) from error

@@ -1,4 +1,4 @@
-"""The only place that touches nnsight's internals: which step a trace is in, and which rows an invoke owns.
+"""What traces need of nnsight's internals: which step a trace is in, and which rows an invoke owns.
 
 Checked with nnsight 0.8.1 and ndif 0.1.2. Everything here also runs on a server, so it needs nnsight and greenlet alone.
 

@@ -1,14 +1,19 @@
-"""States on disk: a folder with a manifest and numbered shards, each of which tells which texts it holds."""
+"""States on disk: a folder with a manifest and shards, each of which tells which texts it holds.
+
+Two processes may fill one folder: a shard is named by its texts, and a text that is there twice is read once.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -17,15 +22,46 @@ from torch import Tensor
 
 from .packaged_models import cache_folder
 
+_log = logging.getLogger(__package__)
 _MANIFEST = "manifest.json"
 
 
 @contextmanager
-def kept_until_done(name: str) -> Iterator[Path]:
-    """A folder in the user's cache that is deleted when the block succeeds, and is there again for the next try if not."""
+def kept_until_done(name: str) -> Iterator[Path | None]:
+    """A folder in the user's cache that is deleted when the block succeeds, and is there again for the next try if not.
+
+    None where there can be none: another process is at the same, or the folder cannot be written.
+    """
     folder = cache_folder() / "unfinished" / name
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    lock = folder.with_suffix(".lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        _log.warning(
+            "What comes back cannot be kept in %s (%s): name a folder with cache=.", folder.parent, error.strerror
+        )
+        yield None
+        return
+    with file:
+        if not _locked(file):
+            yield None
+            return
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return True  # not on Windows
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def open_cache(folder: Path, settings: dict[str, Any]) -> set[int]:
@@ -53,7 +89,7 @@ def open_cache(folder: Path, settings: dict[str, Any]) -> set[int]:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The shards in a folder, in the order of their making."""
+    """The shards in a folder."""
     return sorted(folder.glob("shard-*.safetensors"))
 
 
@@ -70,8 +106,30 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Adds a shard, whole or not at all, so that a kill leaves nothing half-written."""
-    shards = shards_of(folder)
-    file = folder / f"shard-{int(shards[-1].stem[6:]) + 1 if shards else 0:05d}.safetensors"
-    temporary = file.with_suffix(".partial")
+    index = tensors["index"].tolist()
+    file = folder / f"shard-{hashlib.sha256(str(index).encode()).hexdigest()[:12]}.safetensors"
+    temporary = file.with_suffix(f".{os.getpid()}.partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
     os.replace(temporary, file)
+
+
+def read_rows(folder: Path, key: str, texts: int) -> Tensor:
+    """Rows of all texts, in their order.
+
+    Raises:
+        ValueError: some are missing, or they have several dtypes.
+    """
+    parts, where = [], {}
+    for shard in shards_of(folder):
+        with safe_open(shard, framework="pt") as file:
+            part, index = file.get_tensor(key), file.get_tensor("index").tolist()
+        start = sum(map(len, parts))
+        parts.append(part)
+        for row, text in enumerate(index):
+            where.setdefault(text, start + row)
+    if len(where) != texts or len({part.dtype for part in parts}) > 1:
+        raise ValueError(
+            f"The shards in {folder} hold {len(where)} of {texts} texts, in dtypes {sorted({str(p.dtype) for p in parts})}: "
+            f"delete the folder and collect the states anew."
+        )
+    return torch.cat(parts)[[where[text] for text in range(texts)]]

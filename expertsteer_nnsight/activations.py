@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import nnsight
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._shards import joined, kept_until_done, open_cache, shards_of, write_shard
+from ._shards import joined, kept_until_done, open_cache, read_rows, write_shard
 from .identity import ModelIdentity, fingerprint
 from .positions import affixes
 from .residual import Residual, hidden
@@ -60,18 +59,7 @@ class Activations(Mapping):
     def _read(self, key: str) -> Tensor:
         if self.shards is None:
             return self._memory[key]
-        parts, order = [], []
-        for shard in shards_of(self.shards):
-            with safe_open(shard, framework="pt") as file:
-                parts.append(file.get_tensor(key))
-                order.append(file.get_tensor("index"))
-        found = sorted(torch.cat(order).tolist())
-        if found != list(range(self.n_texts)) or len({part.dtype for part in parts}) > 1:
-            raise ValueError(
-                f"The shards in {self.shards} hold {len(found)} rows for {self.n_texts} texts, in dtypes "
-                f"{sorted({str(part.dtype) for part in parts})}: delete the folder and collect the states anew."
-            )
-        return torch.cat(parts)[torch.cat(order).argsort()]
+        return read_rows(self.shards, key, self.n_texts)
 
     def __getitem__(self, layer: int) -> Float[Tensor, "text hidden"]:
         """States of one layer (negative: from the end); read from disk at each access where there are shards."""
@@ -117,6 +105,7 @@ def collect(
     dtype: torch.dtype | None = None,
     remote: bool | str | Remote = False,
     progress: bool = True,
+    _until: ExitStack | None = None,
 ) -> Activations:
     """Residual-stream states of `texts` in `layers`, each text at one position (or the mean over its tokens).
 
@@ -176,25 +165,28 @@ def collect(
         rows = [(*encoded[i], at[i]) for i in batch]
         if host is None:
             return _forward(model, residual, rows, chosen, dtype, None)
-        kept = "" if edited else f"; {bar.n} of {len(texts)} texts are kept, and the same call goes on from there"
-        with host.explained(f"Reading {len(batch)} texts", kept):
+        after = f"; {kept} of {len(texts)} texts are kept, and the same call goes on from there" if folder else ""
+        with host.explained(f"Reading {len(batch)} texts", "batch_size=", after):
             return _forward(model, residual, rows, chosen, dtype, host.backend(model, bar.set_postfix_str))
 
-    spool = host is not None and cache is None and not edited
-    with kept_until_done(texts_hash([json.dumps(settings)])) if spool else nullcontext(cache) as folder:
-        folder = None if folder is None else Path(folder)
+    with ExitStack() as own:
+        folder = None if cache is None else Path(cache)
+        if host is not None and cache is None and not edited:
+            # a caller that reads several times deletes them all when it has succeeded
+            folder = (_until or own).enter_context(kept_until_done(texts_hash([json.dumps(settings)])))
         done = set() if folder is None else open_cache(folder, settings)
+        kept = len(done)
         todo = sorted(set(range(len(texts))) - done, key=lambda i: (lengths[i], i))
         label = f"states of {identity.name or identity.kind}"
-        with tqdm(total=len(texts), initial=len(done), desc=label, unit="text", disable=not progress) as bar:
+        with tqdm(total=len(texts), initial=kept, desc=label, unit="text", disable=not progress) as bar:
             unsaved: list[dict[str, Tensor]] = []
             for batch in _cut(todo, most, lengths, tokens):
                 unsaved.append({**read(batch, bar), "index": torch.tensor(batch)})
                 bar.update(len(batch))
-                full = sum(len(part["index"]) for part in unsaved) >= shard_size
-                if folder is not None and (full or batch[-1] == todo[-1]):
+                count = sum(len(part["index"]) for part in unsaved)
+                if folder is not None and (count >= shard_size or batch[-1] == todo[-1]):
                     write_shard(folder, joined(unsaved))
-                    unsaved = []
+                    kept, unsaved = kept + count, []
             bar.set_postfix_str("")
         found = Activations(identity, chosen, len(texts), rule, folder)
         if cache is not None:
@@ -290,6 +282,7 @@ def pick(h: Tensor, own: Tensor, column: Tensor, mean: bool) -> tuple[Tensor, Te
     norms = wide.norm(dim=-1).masked_fill(~own, float("nan")).nanmedian(dim=1).values
     if mean:
         weight = own.to(wide.dtype) / own.sum(1, keepdim=True)
-        return torch.einsum("rph,rp->rh", wide, weight).to(h.dtype), norms  # einops may be missing on a server
+        # no product of matrices: a server's autocast would round it, and it has no einops
+        return (wide * weight[..., None]).sum(1).to(h.dtype), norms
     # a copy: a view would keep the whole layer alive
     return h[torch.arange(len(h), device=h.device), column].clone(), norms

@@ -167,7 +167,7 @@ def _rows(
             count = len(chunk) + 1
             border = forced and any(v.where == "completion" for v in steered.vectors)
             if host is not None:
-                with host.explained(label.capitalize()):
+                with host.explained(f"Measuring {label}", "rows="):
                     backend = host.backend(model, bar.set_postfix_str)
                     mine = _job(model, backend, steered, encoded, count, options, border, reduce)
                 bar.update(len(encoded))

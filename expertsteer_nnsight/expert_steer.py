@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,12 +18,11 @@ from jaxtyping import Float
 from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
-from ._shards import kept_until_done
 from .activations import Activations, collect
 from .alignment import Aligner, CovarianceAligner, RidgeAligner
 from .autoencoder import AutoencoderAligner
 from .directions import find_direction
-from .identity import ModelIdentity, fingerprint
+from .identity import ModelIdentity
 from .layer_matching import LayerPair, match_layers
 from .plan_file import library_versions
 from .rfm import RecursiveFeatureMachine
@@ -171,16 +170,13 @@ class ExpertSteer(BaseEstimator):
         check_disjoint(anchors, pairs.texts)
         want_e, want_t = self.wanted_layers(ModelIdentity.of(expert), ModelIdentity.of(target))
 
-        name = texts_hash([fingerprint(expert), fingerprint(target), *pairs.texts, *anchors])
-        edited = any(getattr(m, "_edits", None) for m in (expert, target))
-        spool = cache is None and not edited and (remote_expert is not False or remote_target is not False)
-        with kept_until_done(name) if spool else nullcontext(cache) as folder:
+        with ExitStack() as until:
 
             def read(model: Any, texts: Any, layers: Any, name: str, remote: Any) -> Activations:
-                where = None if folder is None else Path(folder) / name
+                where = None if cache is None else Path(cache) / name
                 return collect(
-                    model, texts, layers, self.position,
-                    batch_size=batch_size, cache=where, remote=remote, progress=progress,
+                    model, texts, layers, self.position, batch_size=batch_size, cache=where,
+                    remote=remote, progress=progress, _until=until,
                 )  # fmt: skip
 
             self.fit_activations(

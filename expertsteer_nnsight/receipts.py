@@ -153,7 +153,8 @@ def _receipt(
     progress: bool,
 ) -> Receipt:  # fmt: skip
     ready = [with_total(p, float(s)) for p, s in zip(signed, found.strength, strict=True)]
-    scores = word_scores(model, ready, probe.prompts, probe.positive, probe.negative, remote=remote, progress=progress)
+    words = probe.positive, probe.negative
+    scores = word_scores(model, ready, probe.prompts, *words, rows=rows, remote=remote, progress=progress)
     base, scores = scores[0], rearrange(scores[1:], "(draw sign) prompt -> draw sign prompt", sign=2)
     p95, mean_nll, strength = (
         rearrange(t, "(draw sign) -> draw sign", sign=2) for t in (found.kl, found.nll, found.strength)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError
 from nnsight.schema.request import RequestModel
 
-from ._ndif_http import BROKEN, Lost, RemoteFailure, detail, model_key, send
+from ._ndif_http import BROKEN, Lost, RemoteFailure, detail, model_key, one_line, send
 from .plan_file import library_versions
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Remote:
     Attributes:
         host: such as `http://127.0.0.1:8001`; None for the one nnsight is configured with (`NDIF_HOST`, `nnsight.CONFIG`;
             the public service by default).
-        api_key: None for the configured one (`NDIF_API_KEY`), which goes to whatever host is named.
+        api_key: None for the configured one (`NDIF_API_KEY`), which goes to whatever host is named; "" for none.
         timeout: the longest to wait for one job, in seconds, with its time in the queue and all its retries.
         retries: how often a job is sent again after the connection was refused or lost, the server had an error of its own
             (5xx), or lost the job. The waits between double from 1 s to 60 s.
@@ -65,8 +66,12 @@ class Remote:
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.address.startswith(("http://", "https://")):
+        if not re.fullmatch(r"https?://[^\s/]+\S*", self.address):
             raise ValueError(f"An NDIF host starts with http:// or https://, got {self.address!r}.")
+        if self.key is not None and not re.fullmatch(r"[!-~]+", self.key):
+            raise ValueError(
+                "The API key holds other characters than letters, digits and signs: check how it was read."
+            )
 
     @classmethod
     def of(cls, remote: bool | str | Remote | None) -> Remote | None:
@@ -88,12 +93,12 @@ class Remote:
     @property
     def address(self) -> str:
         """The host's address."""
-        return (self.host or CONFIG.API.HOST).rstrip("/")
+        return (CONFIG.API.HOST if self.host is None else self.host).rstrip("/")
 
     @property
     def key(self) -> str | None:
         """The API key that is sent, if any."""
-        return self.api_key or CONFIG.API.APIKEY or None
+        return (CONFIG.API.APIKEY if self.api_key is None else self.api_key.strip()) or None
 
     def backend(self, model: Any, say: Callable[[str], Any] | None = None) -> Backend:
         """What to pass to nnsight: `with model.trace(prompt, backend=remote.backend(model))`.
@@ -198,17 +203,19 @@ class Remote:
         self.refuse(self.retried(ask, say))
 
     def refuse(self, answer: httpx.Response) -> None:
-        """Raises where the server did not take the key.
+        """Raises where the server did not take the key, or the request.
 
         Raises:
             RemoteFailure: that.
         """
-        if answer.status_code in (400, 401, 403):
-            shown = f"the key {self.key[:4]}..." if self.key else "a request without a key"
-            told = detail(answer).replace(self.key, "...") if self.key else detail(answer)
+        told = detail(answer) if self.key is None else detail(answer).replace(self.key, "...")
+        if answer.status_code in (401, 403) or (answer.status_code == 400 and "API key" in told):
+            shown = "a request without a key" if self.key is None else "the key"
             raise RemoteFailure(
                 f"{self.address} refuses {shown} ({told}): set NDIF_API_KEY, or pass Remote(api_key=...)."
             )
+        if answer.status_code not in (200, 422):
+            raise RemoteFailure(f"{self.address} refuses the request (status {answer.status_code}: {told}).")
 
     def _check_versions(self) -> None:
         try:
@@ -244,7 +251,7 @@ class Remote:
         if "DEPLOYING" in states:
             return f"{shown} is being deployed on {self.address}: the first job waits for it."
         for other in deployed:
-            if other.get("repo_id") == shown and other.get("model_key") != name:
+            if other.get("repo_id") == shown and other.get("application_state") in ("RUNNING", "DEPLOYING"):
                 return (
                     f"{self.address} runs {shown} with task {other.get('task')!r} and revision "
                     f"{other.get('revision') or 'main'!r} only, which is another model to it: make yours with the same, or wait "
@@ -256,24 +263,33 @@ class Remote:
         )
 
     @contextmanager
-    def explained(self, what: str, after: str = "") -> Iterator[None]:
+    def explained(self, what: str, less: str, after: str = "") -> Iterator[None]:
         """Turns a job's own error, a server's traceback, into one sentence with the traceback as its cause.
 
         Args:
             what: what the job was for; the beginning of the sentence.
+            less: how to ask for less in one job, if it was too much.
             after: what to add to the end of every failure's sentence.
         """
         try:
             yield
         except RemoteError as error:
-            lines = [line for line in str(error).strip().splitlines() if line.strip()] or ["no message"]
-            last = lines[-1].strip().rstrip(".") if "Traceback" in str(error) else " ".join(lines).rstrip(".")
-            limit = any(word in last.lower() for word in ("execution timeout", "out of memory"))
-            hint = "; ask for less in one job (batch_size=, rows=)" if limit else ""
-            raise RemoteFailure(f"{what} failed on {self.address}: {last}{hint}{after}.") from error
+            told = _message(str(error))
+            limit = any(word in told.lower() for word in ("execution timeout", "out of memory"))
+            hint = f"; ask for less in one job ({less})" if limit else ""
+            raise RemoteFailure(f"{what} failed on {self.address}: {told}{hint}{after}.") from error
         except RemoteFailure as failure:
             failure.args = (f"{str(failure).rstrip('.')}{after}.",)
             raise
+
+
+def _message(told: str) -> str:
+    """The message of the exception that ends a traceback, in one line; the whole text where there is none."""
+    lines = told.strip().splitlines()
+    if "Traceback" in told:
+        starts = [i for i, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(: |$)", line)]
+        lines = lines[starts[-1] :] if starts else lines[-1:]
+    return one_line(" ".join(lines))[:400].rstrip(". ")
 
 
 def _minor(version: str) -> list[str]:

@@ -28,9 +28,10 @@ def load(name: str, here: bool) -> Any:
 
 
 def running() -> str:
-    """The first model that the configured host runs."""
+    """The first text-generating model that the configured host runs."""
     status: Any = nnsight.status()
-    found = [d["repo_id"] for d in status.deployments.values() if d["state"] == "RUNNING"]
+    mine = {"state": "RUNNING", "task": "text-generation", "revision": "main"}  # as `load` asks for it
+    found = [d["repo_id"] for d in status.deployments.values() if mine.items() <= d.items()]
     if not found:
         raise SystemExit("No model runs on the NDIF host: name one with --target, or see print(nnsight.status()).")
     return found[0]
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> es.SteeringPlan:
     args = parser.parse_args(argv)
 
     remote = es.Remote()
-    target = load(args.target or running(), here=False)
+    name = args.target or running()
+    print(f"Steering {name} on {remote.address}.")
+    target = load(name, here=False)
     expert = load(args.expert or str(model_path("gemma-3-270m")), here=not args.remote_expert)
     pairs, probe = es.example("sentiment_pairs").split("train"), es.example("sentiment_probe")
     plan = es.ExpertSteer.recommended().fit(

@@ -254,12 +254,8 @@ def test_cache_equals_memory_and_is_read_again(tmp_path):
     same(stored, memory)
     assert stored._memory == {} and not any(isinstance(v, Tensor) for v in vars(stored).values())
     assert str(tmp_path) in repr(stored)
-    assert sorted(f.name for f in (tmp_path / "new" / "c").iterdir()) == [
-        "manifest.json",
-        "shard-00000.safetensors",
-        "shard-00001.safetensors",
-        "shard-00002.safetensors",
-    ]
+    files = sorted(f.name for f in (tmp_path / "new" / "c").iterdir())
+    assert files[0] == "manifest.json" and len(files) == 4 and all(f.startswith("shard-") for f in files[1:])
     with counted(blocks(model)[0]) as counts:
         again = collect(model, TEXTS, batch_size=3, cache=str(tmp_path / "new" / "c"), shard_size=4, progress=False)
     assert counts == [0]
@@ -277,7 +273,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
         collect(model, TEXTS, cache=tmp_path, **settings)
     assert counts == [4]
     shards = list(tmp_path.glob("shard-*"))
-    assert [s.name for s in shards] == ["shard-00000.safetensors"]
+    assert len(shards) == 1
     written = shards[0].stat().st_mtime_ns
     with counted(first) as counts:
         found = collect(model, TEXTS, cache=tmp_path, **settings)
@@ -306,7 +302,7 @@ def test_a_killed_process_leaves_whole_shards_and_its_run_goes_on(tmp_path):
     process = subprocess.Popen([sys.executable, str(script), str(folder)])
     try:
         end = time.monotonic() + 240
-        while not (folder / "shard-00001.safetensors").exists():
+        while len(list(folder.glob("*.safetensors"))) < 2:
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.02)
     finally:
@@ -314,7 +310,7 @@ def test_a_killed_process_leaves_whole_shards_and_its_run_goes_on(tmp_path):
         process.wait()
     before = {f: f.stat().st_mtime_ns for f in folder.glob("*.safetensors")}
     assert 2 <= len(before) < 5
-    (folder / f"shard-{len(before):05d}.partial").write_bytes(b"half a shard")
+    (folder / "shard-0123456789ab.77.partial").write_bytes(b"half a shard")
     model = build(seed=5)
     with counted(blocks(model)[0]) as counts:
         found = collect(model, TEXTS, cache=folder, shard_size=2, batch_size=2, progress=False)
@@ -357,9 +353,12 @@ def test_a_run_goes_on_with_other_sizes_and_no_text_twice(tmp_path):
         found = collect(model, TEXTS, cache=tmp_path, batch_size=1, shard_size=3, progress=False)
     assert counts == [len(TEXTS) - 4]
     same(found, collect(model, TEXTS, progress=False), lambda a, b: torch.allclose(a, b, atol=1e-6))
-    shards = sorted(tmp_path.glob("shard-*"))
-    shutil.copy(shards[0], tmp_path / "shard-00099.safetensors")
-    with pytest.raises(ValueError, match=f"hold {len(TEXTS) + 2} rows for {len(TEXTS)} texts.*delete the folder"):
+    before, shards = found[0], sorted(tmp_path.glob("shard-*"))
+    shutil.copy(shards[0], tmp_path / "shard-again.safetensors")  # as if two processes had been at it
+    assert torch.equal(found[0], before)
+    for shard in (shards[0], tmp_path / "shard-again.safetensors"):
+        shard.unlink()
+    with pytest.raises(ValueError, match=f"of {len(TEXTS)} texts, in dtypes.*delete the folder and collect"):
         found[0]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -10,8 +12,9 @@ from nnsight import CONFIG
 from tiny import PROMPTS, build
 
 import expertsteer_nnsight as es
+from expertsteer_nnsight._shards import kept_until_done
 from expertsteer_nnsight.activations import _cut
-from expertsteer_nnsight.remote import Remote, RemoteFailure
+from expertsteer_nnsight.remote import Remote, RemoteFailure, _message
 
 
 class Named(type(build())):
@@ -58,7 +61,12 @@ def test_what_remote_means(monkeypatch):
     assert Remote.of(mine) is mine and mine.address == "http://mine:8001" and mine.key == "another-key"
     assert Remote.of("http://mine:8001").address == mine.address
     assert "key" not in repr(mine) and "secret" not in repr(Remote())
-    for wrong in ("local", "mine:8001"):
+    assert Remote("http://mine:8001", api_key="").key is None
+    assert Remote("http://mine:8001", api_key="another-key\n").key == "another-key"
+    with pytest.raises(ValueError, match="check how it was read") as error:
+        Remote(api_key="secret\nkey")
+    assert "secret" not in str(error.value)
+    for wrong in ("local", "mine:8001", "", "http://"):
         with pytest.raises(ValueError, match="starts with http:// or https://, got"):
             Remote.of(wrong)
     with pytest.raises(Exception, match="remote"):
@@ -80,6 +88,64 @@ def test_a_website_is_no_server(model, website, tmp_path, monkeypatch):
     monkeypatch.setenv("EXPERTSTEER_CACHE", str(tmp_path))
     with pytest.raises(RemoteFailure, match="but not as an NDIF server does: check the address"):
         es.collect(model, PROMPTS, remote=website, progress=False)
+
+
+def test_the_message_of_a_traceback_is_told_whole():
+    told = _message(
+        "Traceback (most recent call last):\n  File x\n    y\nRuntimeError: CUDA error: assert\n\nCompile with X.\n"
+    )
+    assert told == "RuntimeError: CUDA error: assert Compile with X"
+    assert (
+        _message("Your job exceeded the execution\n timeout of 2s.") == "Your job exceeded the execution timeout of 2s"
+    )
+    assert _message("") == "no message"
+
+
+def test_a_state_of_a_model_is_told_for_what_it_is(model, monkeypatch):
+    running = {"model_key": model.to_model_key(), "repo_id": "lab/tiny", "application_state": "RUNNING"}
+    for payload, told in [
+        ([running], "is running."),
+        ([{**running, "application_state": "DEPLOYING"}], "is being deployed"),
+        ([{**running, "model_key": "other", "task": "x"}], "with task 'x' and revision 'main' only"),
+        ([{"repo_id": "lab/tiny", "deployment_level": "COLD"}], "is not running on"),
+        ([], "is not running on"),
+    ]:
+        monkeypatch.setattr(Remote, "_get", lambda *_, p=payload: {"deployments": dict(enumerate(p))})
+        assert told in Remote("http://mine:1")._state_of(model, model.to_model_key())
+
+
+ELSEWHERE = """
+import subprocess, sys, cloudpickle
+import expertsteer_nnsight as es
+
+def use():
+    return es.collect.__module__, es.Remote.__module__
+
+code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read())())"
+subprocess.run([sys.executable, "-c", code], input=cloudpickle.dumps(use), check=True)
+"""
+
+
+def test_the_package_goes_to_other_processes_of_this_machine_as_it_is():
+    # as joblib does it; here the tests' type checks wrap every function, which cannot be sent
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True)
+    assert done.stdout.strip() == "('expertsteer_nnsight.activations', 'expertsteer_nnsight.remote')", done.stderr
+
+
+def test_one_process_at_a_time_keeps_what_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPERTSTEER_CACHE", str(tmp_path))
+    with pytest.raises(KeyError), kept_until_done("a") as folder:
+        folder.mkdir()
+        with kept_until_done("a") as other:
+            assert other is None
+        raise KeyError
+    assert folder.is_dir()
+    with kept_until_done("a") as again:
+        assert again == folder
+    assert not folder.exists()
+    monkeypatch.setenv("EXPERTSTEER_CACHE", "/proc/nothing")
+    with kept_until_done("a") as none:
+        assert none is None
 
 
 def test_requests_hold_so_many_texts_and_tokens():
