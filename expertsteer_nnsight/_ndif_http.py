@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,8 @@ def model_key(model: Any) -> str:
             f"A remote model is named by its hub id, which this {type(model).__name__} has not: make it as "
             f'TransformersModel("org/name", task="text-generation").'
         )
+    if os.path.isdir(name):
+        raise ValueError(f"A remote model is named by its hub id, and {name!r} is a folder on this machine.")
     try:
         return model.to_model_key()
     except NotImplementedError:

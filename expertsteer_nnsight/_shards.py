@@ -47,9 +47,18 @@ def kept_until_done(name: str) -> Iterator[Path | None]:
         if not _locked(file):
             yield None
             return
-        yield folder
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.unlink(missing_ok=True)
+        try:
+            yield folder
+        except BaseException:
+            if not shards_of(folder):
+                _remove(folder, lock)
+            raise
+        _remove(folder, lock)
+
+
+def _remove(folder: Path, lock: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.unlink(missing_ok=True)
 
 
 def _locked(file: IO[str]) -> bool:

@@ -165,7 +165,7 @@ def collect(
         rows = [(*encoded[i], at[i]) for i in batch]
         if host is None:
             return _forward(model, residual, rows, chosen, dtype, None)
-        after = f"; {kept} of {len(texts)} texts are kept, and the same call goes on from there" if folder else ""
+        after = f"; {kept} of {len(texts)} texts are kept, and the same call goes on from there" if kept else ""
         with host.explained(f"Reading {len(batch)} texts", "batch_size=", after):
             return _forward(model, residual, rows, chosen, dtype, host.backend(model, bar.set_postfix_str))
 

@@ -10,9 +10,9 @@ lost is sent again. One that failed by its own error is not.
 
 from __future__ import annotations
 
-import logging
 import random
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from nnsight import CONFIG
 from nnsight.intervention.backends.remote import RemoteError
+from nnsight.schema.config import ApiConfig
 from nnsight.schema.request import RequestModel
+from tqdm.auto import tqdm
 
 from ._ndif_http import BROKEN, Lost, RemoteFailure, detail, model_key, one_line, send
 from .plan_file import library_versions
@@ -31,7 +33,7 @@ from .plan_file import library_versions
 if TYPE_CHECKING:
     from ._ndif_backend import Backend
 
-_log = logging.getLogger(__package__)
+_PUBLIC = ApiConfig().HOST
 _answered: set[str] = set()  # hosts that were there before in this process: worth waiting for if they go away
 _checked: set[tuple[str, str | None, str]] = set()
 
@@ -90,6 +92,16 @@ class Remote:
             return cls(remote)
         raise ValueError(f'remote= takes True, "http://...", or a Remote, got {remote!r}.')
 
+    def __call__(self, *_: Any) -> None:
+        """What nnsight does with a backend.
+
+        Raises:
+            TypeError: always; a `Remote` is none.
+        """
+        raise TypeError(
+            "nnsight's trace and generate take backend=remote.backend(model), or remote=True for the configured host."
+        )
+
     @property
     def address(self) -> str:
         """The host's address."""
@@ -103,7 +115,7 @@ class Remote:
     def backend(self, model: Any, say: Callable[[str], Any] | None = None) -> Backend:
         """What to pass to nnsight: `with model.trace(prompt, backend=remote.backend(model))`.
 
-        Checks the host and the model first, once a process, and logs a warning if the model is not running there.
+        Checks the host and the model first, once a process, and says so if the model is not running there.
 
         Args:
             model: a `TransformersModel` made from a hub id.
@@ -119,7 +131,7 @@ class Remote:
             found = self.check(model, say)
             _checked.add(asked)
             if not found.endswith("is running."):
-                _log.warning(found)
+                tqdm.write(found, file=sys.stderr)
         return Backend(model, self, say)
 
     def check(self, model: Any, say: Callable[[str], Any] | None = None) -> str:
@@ -139,6 +151,16 @@ class Remote:
         self._check_key(say)
         self._check_versions()
         return self._state_of(model, name)
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the host lists as deployed or downloaded: `repo_id`, `task`, `revision`, `application_state` and more, each.
+
+        The list may be a minute old.
+
+        Raises:
+            RemoteFailure: the host cannot be reached, or does not tell.
+        """
+        return list(self._get("/status").get("deployments", {}).values())
 
     @property
     def headers(self) -> dict[str, str]:
@@ -183,11 +205,16 @@ class Remote:
                 attempt += 1
                 if attempt > limit or time.monotonic() + wait > until:
                     tried = "once" if attempt == 1 else f"{attempt} times"
+                    default = (
+                        ""
+                        if self.address != _PUBLIC
+                        else " (the public service, which is meant where NDIF_HOST is not set)"
+                    )
                     raise RemoteFailure(
-                        f"{self.address} was tried {tried} without success ({lost}): {lost.advice}."
+                        f"{self.address}{default} was tried {tried} without success ({lost}): {lost.advice}."
                     ) from lost
                 if say is not None:
-                    say(f"{lost}; again in {wait:.0f} s")
+                    say(f"{lost}; try {attempt + 1} of {limit + 1} in {wait:.0f} s")
                 time.sleep(wait)
 
     def _check_key(self, say: Callable[[str], Any] | None) -> None:
@@ -242,7 +269,7 @@ class Remote:
     def _state_of(self, model: Any, name: str) -> str:
         shown = model.repo_id
         try:
-            deployed = self._get("/status").get("deployments", {}).values()
+            deployed = self.models()
         except RemoteFailure:
             return f"{self.address} does not tell whether it runs {shown}."
         states = {d.get("application_state") for d in deployed if d.get("model_key") == name}
@@ -258,8 +285,8 @@ class Remote:
                     f"while it is loaded."
                 )
         return (
-            f"{shown} is not running on {self.address}, which may load it now or refuse to: print(nnsight.status()) tells "
-            f"what runs."
+            f"{shown} is not in {self.address}'s list of running models, which may be a minute old: the server loads it now, or "
+            f"refuses to (print(nnsight.status()) shows the list)."
         )
 
     @contextmanager
@@ -280,6 +307,10 @@ class Remote:
             raise RemoteFailure(f"{what} failed on {self.address}: {told}{hint}{after}.") from error
         except RemoteFailure as failure:
             failure.args = (f"{str(failure).rstrip('.')}{after}.",)
+            raise
+        except KeyboardInterrupt as stop:
+            if after:
+                stop.add_note(after.removeprefix("; "))
             raise
 
 

@@ -141,6 +141,7 @@ class Settings:
             "NDIF_MINIMUM_DEPLOYMENT_TIME_SECONDS": "0",  # a model may make room for the next at once
             "NDIF_AUTOSCALING_MAX_REPLICAS": "1",  # a second copy of a model would share the same cores
             "NDIF_SANDBOX_POOL_SIZE": "2",  # each waiting sandbox is a process that imports torch
+            "NDIF_STATUS_TTL_S": "2",  # else a model that was just loaded is missing from the list for a minute
             "NDIF_QUEUE_FETCH_TIMEOUT_S": "2",  # how soon the queue notices, when idle, that Ray is gone
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray takes 127.0.0.1 for the machine's outer address
             "RAY_AUTH_MODE": "token",  # set by itself, or not, by whether the user has used Ray before

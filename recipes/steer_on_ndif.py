@@ -1,7 +1,7 @@
 """Steer a model that runs on NDIF, with an expert that runs here or there.
 
     NDIF_API_KEY=... python -m recipes.steer_on_ndif                       # the public service
-    NDIF_HOST=http://127.0.0.1:8001 python -m recipes.steer_on_ndif        # a server of your own
+    NDIF_HOST=http://... python -m recipes.steer_on_ndif --target ORG/NAME  # a server of your own, which loads it
 
 What leaves this machine: the texts, the source of the traced blocks with the paths of their files, and the plan that
 steers. What comes back is a tensor of hidden states, a few numbers a token, or token ids.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import nnsight
+from nnsight import CONFIG
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.calibration import calibrate_many, with_total
@@ -27,14 +28,18 @@ def load(name: str, here: bool) -> Any:
     return TransformersModel(name, task="text-generation", dispatch=here)
 
 
-def running() -> str:
-    """The first text-generating model that the configured host runs."""
-    status: Any = nnsight.status()
-    mine = {"state": "RUNNING", "task": "text-generation", "revision": "main"}  # as `load` asks for it
-    found = [d["repo_id"] for d in status.deployments.values() if mine.items() <= d.items()]
-    if not found:
-        raise SystemExit("No model runs on the NDIF host: name one with --target, or see print(nnsight.status()).")
-    return found[0]
+def running(remote: es.Remote) -> str:
+    """The first text-generating model in the host's list."""
+    for found in remote.models():
+        mine = found.get("task") == "text-generation" and found.get("revision") in (
+            None,
+            "main",
+        )  # as `load` asks for it
+        if mine and found.get("application_state") == "RUNNING":
+            return found["repo_id"]
+    raise SystemExit(
+        f"No model is in {remote.address}'s list of running ones, which may be a minute old: name one with --target."
+    )
 
 
 def dose(target: Any, plan: es.SteeringPlan, texts: Sequence[str], remote: es.Remote) -> list[es.SteeringPlan]:
@@ -64,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> es.SteeringPlan:
     parser.add_argument("--tokens", type=int, default=24, help="new tokens a prompt (default: %(default)s)")
     args = parser.parse_args(argv)
 
+    CONFIG.APP.REMOTE_LOGGING = False  # nnsight's spinner, which would stand between the results
     remote = es.Remote()
-    name = args.target or running()
+    name = args.target or running(remote)
     print(f"Steering {name} on {remote.address}.")
     target = load(name, here=False)
     expert = load(args.expert or str(model_path("gemma-3-270m")), here=not args.remote_expert)

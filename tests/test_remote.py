@@ -78,6 +78,14 @@ def test_a_model_without_a_hub_id_cannot_be_remote():
         es.collect(build(), PROMPTS, remote="http://127.0.0.1:1", progress=False)
 
 
+def test_a_remote_is_no_backend():
+    with (
+        pytest.raises(TypeError, match=r"backend=remote.backend\(model\)"),
+        build().trace("a dog", backend=Remote("http://a:1")),
+    ):
+        pass
+
+
 def test_a_dead_host_is_one_sentence(model, tmp_path, monkeypatch):
     monkeypatch.setenv("EXPERTSTEER_CACHE", str(tmp_path))
     with pytest.raises(RemoteFailure, match=r"http://127.0.0.1:1 was tried once .*refused.*check that the address"):
@@ -107,8 +115,8 @@ def test_a_state_of_a_model_is_told_for_what_it_is(model, monkeypatch):
         ([running], "is running."),
         ([{**running, "application_state": "DEPLOYING"}], "is being deployed"),
         ([{**running, "model_key": "other", "task": "x"}], "with task 'x' and revision 'main' only"),
-        ([{"repo_id": "lab/tiny", "deployment_level": "COLD"}], "is not running on"),
-        ([], "is not running on"),
+        ([{"repo_id": "lab/tiny", "deployment_level": "COLD"}], "is not in http://mine:1's list"),
+        ([], "is not in http://mine:1's list"),
     ]:
         monkeypatch.setattr(Remote, "_get", lambda *_, p=payload: {"deployments": dict(enumerate(p))})
         assert told in Remote("http://mine:1")._state_of(model, model.to_model_key())
@@ -134,8 +142,13 @@ def test_the_package_goes_to_other_processes_of_this_machine_as_it_is():
 
 def test_one_process_at_a_time_keeps_what_comes_back(tmp_path, monkeypatch):
     monkeypatch.setenv("EXPERTSTEER_CACHE", str(tmp_path))
+    with pytest.raises(KeyError), kept_until_done("a") as empty:
+        empty.mkdir()
+        raise KeyError
+    assert not list((tmp_path / "unfinished").iterdir())
     with pytest.raises(KeyError), kept_until_done("a") as folder:
         folder.mkdir()
+        (folder / "shard-0.safetensors").touch()
         with kept_until_done("a") as other:
             assert other is None
         raise KeyError

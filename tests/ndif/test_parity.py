@@ -289,7 +289,7 @@ def test_the_recipe_runs(models, capsys, lean):
     arguments = ["--target", SMOL, "--expert", BOS, "--remote-expert", "--anchors", "60", "--tokens", "4"]
     far, _ = models(SMOL)
     es.collect(far, TEXTS[:1], remote=True, progress=False)  # so that it runs there
-    assert recipe.running() in (TINY, BOS, SMOL)
+    assert recipe.running(Remote()) in (TINY, BOS, SMOL)
     plan = recipe.main(arguments)
     told = capsys.readouterr().out
     assert plan.target.name == "SmolLM2-135M-Instruct" and told.count("towards:") == 3 and "MB received" in told
