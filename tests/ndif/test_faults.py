@@ -249,13 +249,13 @@ def test_the_servers_limit_on_running(models, stack):
     far, _ = models(TINY)
     stack("restart", "ray", "--set", "NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS=2")
     try:
-        remote = Remote()
+        remote, told = Remote(), []
         with pytest.raises(RemoteFailure, match=r"exceeded the execution timeout.*batch_size=") as error:
             with remote.explained("Sleeping", "batch_size="):
-                with far.trace("hello", backend=remote.backend(far)):
+                with far.trace("hello", backend=remote.backend(far, told.append)):
                     time.sleep(6)
                     nnsight.save(far.model.layers[1].output.sum())
-        assert sentence(error).startswith("Sleeping failed on http") and remote.traffic.jobs == 1
+        assert sentence(error).startswith("Sleeping failed on http") and told.count("running") == 1, told
     finally:
         stack("restart", "ray")
 
