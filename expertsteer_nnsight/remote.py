@@ -167,27 +167,34 @@ class Remote:
         """What identifies the caller to the server."""
         return {"ndif-api-key": self.key} if self.key else {}
 
-    def _get(self, path: str, say: Callable[[str], Any] | None = None) -> Any:
-        """JSON of a GET, retried while the host does not answer.
+    def _asked(
+        self, method: Callable[..., httpx.Response], path: str, say: Callable[[str], Any] | None, **call: Any
+    ) -> httpx.Response:
+        """An answer that is no failure of the server's, retried while there is none."""
 
-        Raises:
-            RemoteFailure: it never did, or is no NDIF server.
-        """
-
-        def ask() -> Any:
-            answer = send(httpx.get, self.address + path, 60, headers=self.headers)
+        def ask() -> httpx.Response:
+            answer = send(method, self.address + path, 60, headers=self.headers, **call)
             if answer.status_code >= 500:
                 raise Lost(detail(answer), BROKEN)
-            try:
-                if answer.status_code == 200:
-                    return answer.json()
-            except ValueError:
-                pass
-            raise RemoteFailure(
-                f"{self.address}{path} answers ({answer.status_code}), but not as an NDIF server does: check the address."
-            )
+            return answer
 
         return self.retried(ask, say)
+
+    def _get(self, path: str, say: Callable[[str], Any] | None = None) -> Any:
+        """JSON of a GET.
+
+        Raises:
+            RemoteFailure: the host does not answer, or is no NDIF server.
+        """
+        answer = self._asked(httpx.get, path, say)
+        try:
+            if answer.status_code == 200:
+                return answer.json()
+        except ValueError:
+            pass
+        raise RemoteFailure(
+            f"{self.address}{path} answers ({answer.status_code}), but not as an NDIF server does: check the address."
+        )
 
     def retried(
         self, do: Callable[[], Any], say: Callable[[str], Any] | None = None, until: float | None = None
@@ -220,14 +227,7 @@ class Remote:
     def _check_key(self, say: Callable[[str], Any] | None) -> None:
         """A request without a job is refused for its key, if for nothing else (422 means that the key was taken)."""
         envelope = {"data": RequestModel(model_key="").metadata()}
-
-        def ask() -> httpx.Response:
-            answer = send(httpx.post, f"{self.address}/request", 30, data=envelope, headers=self.headers)
-            if answer.status_code >= 500:
-                raise Lost(detail(answer), BROKEN)
-            return answer
-
-        self.refuse(self.retried(ask, say))
+        self.refuse(self._asked(httpx.post, "/request", say, data=envelope))
 
     def refuse(self, answer: httpx.Response) -> None:
         """Raises where the server did not take the key, or the request.

@@ -31,10 +31,8 @@ def load(name: str, here: bool) -> Any:
 def running(remote: es.Remote) -> str:
     """The first text-generating model in the host's list."""
     for found in remote.models():
-        mine = found.get("task") == "text-generation" and found.get("revision") in (
-            None,
-            "main",
-        )  # as `load` asks for it
+        # as `load` asks for it
+        mine = found.get("task") == "text-generation" and found.get("revision") in (None, "main")
         if mine and found.get("application_state") == "RUNNING":
             return found["repo_id"]
     raise SystemExit(
