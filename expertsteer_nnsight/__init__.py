@@ -21,23 +21,25 @@ _HOMES = {
     "IdentityAligner": "alignment",
     "ProcrustesAligner": "alignment",
     "RidgeAligner": "alignment",
-    "permuted_directions": "controls",
+    "calibrate": "calibration",
     "find_direction": "directions",
+    "Choices": "effects",
+    "Judged": "effects",
+    "Words": "effects",
     "ExpertSteer": "expert_steer",
-    "random_plans": "expert_steer",
-    "untrained_like": "expert_steer",
+    "untrained_like": "control_arms",
+    "ContrastPairs": "labelled",
+    "LabelledTexts": "labelled",
+    "example": "labelled",
     "match_layers": "layer_matching",
+    "receipt": "measuring",
     "Positions": "positions",
-    "Probe": "receipts",
     "Receipt": "receipts",
-    "measure": "receipts",
     "RecursiveFeatureMachine": "rfm",
     "Remote": "remote",
     "Residual": "residual",
     "SteeringPlan": "steering",
     "SteeringVector": "steering",
-    "ContrastPairs": "texts",
-    "example": "texts",
 }
 if TYPE_CHECKING:
     from .activations import Activations as Activations
@@ -58,23 +60,25 @@ if TYPE_CHECKING:
         RidgeAligner as RidgeAligner,
     )
     from .autoencoder import AutoencoderAligner as AutoencoderAligner
-    from .controls import permuted_directions as permuted_directions
+    from .calibration import calibrate as calibrate
+    from .control_arms import untrained_like as untrained_like
     from .directions import find_direction as find_direction
+    from .effects import Choices as Choices
+    from .effects import Judged as Judged
+    from .effects import Words as Words
     from .expert_steer import ExpertSteer as ExpertSteer
-    from .expert_steer import random_plans as random_plans
-    from .expert_steer import untrained_like as untrained_like
+    from .labelled import ContrastPairs as ContrastPairs
+    from .labelled import LabelledTexts as LabelledTexts
+    from .labelled import example as example
     from .layer_matching import match_layers as match_layers
+    from .measuring import receipt as receipt
     from .positions import Positions as Positions
-    from .receipts import Probe as Probe
     from .receipts import Receipt as Receipt
-    from .receipts import measure as measure
     from .remote import Remote as Remote
     from .residual import Residual as Residual
     from .rfm import RecursiveFeatureMachine as RecursiveFeatureMachine
     from .steering import SteeringPlan as SteeringPlan
     from .steering import SteeringVector as SteeringVector
-    from .texts import ContrastPairs as ContrastPairs
-    from .texts import example as example
 
 # A server does not have this package: what a remote block needs of it travels with the request, by value. It must be known
 # before nnsight writes a request, and nothing of ours runs between here and there.

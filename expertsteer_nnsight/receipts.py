@@ -1,53 +1,32 @@
 """What a plan does, what it costs, and what its controls do at the same cost.
 
-Every arm is one plan, or many draws of one. Each draw is calibrated for either sign by itself to one KL budget on neutral
-text, then scored on prompts: the score is the log-odds of positive over negative next words, and the effect is the score
-steered towards minus the score steered away. The mean effect over random draws is zero by symmetry, so an arm of many
-draws is told by the 95th percentile of |effect|.
+Every arm is one plan, or several draws of one. Each draw is calibrated for either sign by itself to one KL budget on the same
+neutral tokens (`calibration`), then scored on held-out items: the effect is the score steered towards minus the score
+steered away. Intervals are bootstraps over items; arms are compared on the same items.
+
+The mean effect over random draws is zero by symmetry, so the arms in `NULLS` are told by the 95th percentile of |effect| over
+draws. Other arms of several draws (untrained experts of several seeds) are told by their mean.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from einops import rearrange
+import numpy as np
 
-from .calibration import Calibration, calibrate_many, with_total, word_scores
 from .plan_file import library_versions
 from .steering import SteeringPlan
 
-if TYPE_CHECKING:
-    from .remote import Remote
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What effect and cost are measured with.
-
-    Attributes:
-        prompts: unfinished texts, held out from every fit.
-        positive: words whose probability the plan should raise; of each, the first token after a space counts.
-        negative: words whose probability it should lower.
-        neutral: texts that have nothing to do with the concept.
-    """
-
-    prompts: Sequence[str]
-    positive: Sequence[str]
-    negative: Sequence[str]
-    neutral: Sequence[str]
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "positive", "negative", "neutral"):
-            value = tuple(text.strip() if name in ("positive", "negative") else text for text in getattr(self, name))
-            if not value:
-                raise ValueError(f"A probe needs {name}, but there are none.")
-            object.__setattr__(self, name, value)
+NULLS = ("permuted", "random")
+CONFIDENCE = 0.95
+_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,26 +34,104 @@ class Receipt:
     """Measured arms; print it for the table.
 
     Attributes:
-        arms: by name: `layers`, `draws`, `strength` (total over layers, mean of both signs, in residual norms), `strength_plus`,
-            `strength_minus`, `score_plus`, `score_minus`, `effect`, `kl_p95` (nats, the larger of both signs), `nll`
-            (nats a token, mean of both signs), `budget_met`, `wrong_way` (share of prompts whose score falls when steered towards).
-            Arms of many draws hold medians over draws; their `effect` is the 95th percentile of |effect|, `effects` has
-            all of them, and both scores are those of the draw of median |effect|.
+        arms: by name, plain numbers. `effect` with `interval` (95 %, bootstrap over `n` items; of an arm in `NULLS` the 95th
+            percentile of |effect| over `draws`, without one), `effects` of all draws, `items` (each item's effect; of several
+            draws their mean), `score_plus` and `score_minus`, `wrong_way` (share of items that move the wrong way),
+            `strength_plus`, `strength_minus` (total over layers, in residual norms), `kl_p95` (nats, the larger of both signs),
+            `nll` (nats a token, mean of both signs), `budget_met`, `layers`. Of several draws: medians.
         unsteered: `score` and `nll` without steering.
-        kl_budget: the cost at which the arms were compared; less than asked where some arm could not reach that.
-        probe: prompts, words and neutral texts.
+        kl_budget: nats, at which the arms were compared; less than asked where some arm could not reach that.
+        unit: of effects.
+        shares: ratios to native, as (value, low, high): `expert`, and `beyond_untrained`, that is (expert - untrained) / native.
+        doses: effect at several doses, by arm: lists of (dose, effect, low, high).
+        rollouts: by arm and sign: `kl_p95` along the steered continuations, `repetition`, `distinct`, and the texts.
+        notes: what a reader has to know, such as labelled texts among the anchors.
+        neutral: how many neutral `prompts` and `tokens`, and the `rollout` in tokens.
+        tested: the tested plan with this receipt in its `info` (see `plan`); None where no single plan was tested.
     """
 
     arms: Mapping[str, Mapping[str, Any]]
     unsteered: Mapping[str, float]
     kl_budget: float
-    probe: Probe
+    unit: str
+    shares: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    doses: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    rollouts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    neutral: Mapping[str, int] = field(default_factory=dict)
+    tested: SteeringPlan | None = None
+
+    @property
+    def plan(self) -> SteeringPlan:
+        """The tested plan with this receipt in its `info`, so that printing and saving it tell what was measured.
+
+        Raises:
+            ValueError: no single plan was tested, or the receipt was read from a file.
+        """
+        if self.tested is None:
+            raise ValueError("This receipt holds no plan: only one that receipt(plan, ...) returned does.")
+        return self.tested
+
+    # -- what it says ------------------------------------------------------------------------------------------------
+
+    @property
+    def contributed(self) -> bool | None:
+        """Whether the expert contributed to the arm `expert`; None where no untrained control was measured.
+
+        It did if the effect is above zero, above the 95th percentile of |effect| of random and permuted draws, and above what
+        another untrained expert would reach with 95 % confidence (a prediction interval over the untrained seeds, or with one
+        seed the interval of the paired difference).
+        """
+        if "expert" not in self.arms or "untrained" not in self.arms:
+            return None
+        return float(self.arms["expert"]["interval"][0]) > 0 and self.arms["expert"]["effect"] > self.bar
+
+    @property
+    def bar(self) -> float:
+        """The effect that `contributed` asks for."""
+        expert, untrained = self.arms["expert"], self.arms["untrained"]
+        seeds = untrained["effects"]
+        if len(seeds) > 1:
+            from scipy.stats import t
+
+            spread = statistics.stdev(seeds) * math.sqrt(1 + 1 / len(seeds))
+            level = statistics.fmean(seeds) + float(t.ppf(CONFIDENCE, len(seeds) - 1)) * spread
+        else:
+            _, low, _ = interval(np.array(expert["items"]) - np.array(untrained["items"]))
+            level = expert["effect"] - low
+        return max([level, *(self.arms[name]["effect"] for name in NULLS if name in self.arms)])
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence or two, what the expert contributed."""
+        if "expert" not in self.arms:
+            return "no arm is called expert, so nothing is said of one."
+        expert = self.arms["expert"]
+        told = f"effect {_number(expert)} {self.unit} (n = {expert['n']}, KL p95 {expert['kl_p95']:.2f})"
+        if "expert" in self.shares:
+            told += f", {_share(self.shares['expert'])} of native"
+        if self.contributed is None:
+            return f"{told}; no untrained expert was measured, so it does not say what the expert contributed."
+        beyond = expert["effect"] - self.arms["untrained"]["effect"]
+        share = f", {_share(self.shares['beyond_untrained'])} of native" if "beyond_untrained" in self.shares else ""
+        if self.contributed:
+            said = f"the expert contributed {beyond:.3g} of it beyond an untrained one{share}"
+        else:
+            said = f"the expert contributed nothing that its controls do not reach (they reach {self.bar:.3g})"
+        return "; ".join([told, said, *self.notes]) + "."
+
+    # -- files -------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        probe = {k: list(getattr(self.probe, k)) for k in ("prompts", "positive", "negative", "neutral")}
-        return {"kl_budget": self.kl_budget, "unsteered": dict(self.unsteered), "arms": {k: dict(v) for k, v in self.arms.items()},
-                "probe": probe, "versions": library_versions()}  # fmt: skip
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tested"}
+        kept["arms"] = {name: dict(arm) for name, arm in self.arms.items()}
+        return {"verdict": self.verdict, **kept, "notes": list(self.notes), "versions": library_versions()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Receipt:
+        """What `to_dict` gave, such as `plan.info["receipt"]`."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "tested"})
 
     def save(self, path: str | Path) -> Path:
         """Writes JSON; the file appears whole or not at all."""
@@ -85,102 +142,75 @@ class Receipt:
         os.replace(temporary, path)
         return path
 
+    @classmethod
+    def load(cls, path: str | Path) -> Receipt:
+        """Reads what `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
     def __repr__(self) -> str:
-        head = (
-            f"{'arm':<20}{'layers':<16}{'strength':>9}{'score +':>9}{'score -':>9}{'effect':>9}{'KL p95':>8}{'NLL':>7}"
-        )
         lines = [
-            head,
-            f"{'unsteered':<20}{'':<16}{'':>9}{self.unsteered['score']:>9.2f}{'':>9}{'':>9}{'':>8}{self.unsteered['nll']:>7.2f}",
+            f"{'arm':<20}{'layers':<18}{'n':>4}{'effect':>9}  {'95 % interval':<16}{'wrong way':>9}{'KL p95':>8}{'NLL':>7}",
+            f"{'unsteered':<20}{'':<18}{'':>4}{'':>9}  {'':<16}{'':>9}{'':>8}{self.unsteered['nll']:>7.2f}",
         ]
         for name, a in self.arms.items():
-            layers = " ".join(f"{e}>{t}" if e is not None else str(t) for e, t in a["layers"][:3]) + (
-                " .." if len(a["layers"]) > 3 else ""
+            layers = " ".join(f"{e}>{t}" if e is not None else str(t) for e, t in a["layers"][:3])
+            layers += " .." if len(a["layers"]) > 3 else ""
+            between = "" if a["interval"] is None else f"{a['interval'][0]:.3g} to {a['interval'][1]:.3g}"
+            note = ""
+            if name in NULLS:
+                note = f"  95th percentile of |effect|, {a['draws']} draws"
+            elif a["draws"] > 1:
+                note = f"  mean of {a['draws']}: {', '.join(f'{e:.3g}' for e in a['effects'])}"
+            kl = f"{a['kl_p95']:.2f}" if a["kl_p95"] is not None else ""
+            nll = f"{a['nll']:.2f}" if a["nll"] is not None else ""
+            lines.append(
+                f"{name:<20}{layers:<18}{a['n']:>4}{a['effect']:>9.3g}  {between:<16}{a['wrong_way']:>9.0%}{kl:>8}{nll:>7}"
+                + note
             )
-            note = f"  95th percentile of {a['draws']} draws" if a["draws"] > 1 else ""
-            lines.append(f"{name:<20}{layers:<16}{a['strength']:>9.2f}{a['score_plus']:>9.2f}{a['score_minus']:>9.2f}"
-                         f"{a['effect']:>9.2f}{a['kl_p95']:>8.2f}{a['nll']:>7.2f}{note}")  # fmt: skip
-        return "\n".join(lines)
+        for name, r in self.rollouts.items():
+            kl = f", KL p95 {r['kl_p95']:.2f}" if r.get("kl_p95") is not None else ""
+            lines.append(f"rollouts {name}: repetition {r['repetition']:.2f}, distinct {r['distinct']:.2f}{kl}")
+        lines.append(f"Effects in {self.unit}, at KL p95 = {self.kl_budget:.2f} nats.")
+        return "\n".join([*lines, self.verdict[0].upper() + self.verdict[1:]])
 
-    def plot(self) -> Any:
-        """Effect against cost, a point an arm; a matplotlib figure."""
+    def plot(self, ax: Any = None) -> Any:
+        """Effect with its interval against cost, a point an arm; a matplotlib figure."""
         from .plotting import plot_receipt
 
-        return plot_receipt(self)
+        return plot_receipt(self, ax)
+
+    def plot_doses(self, ax: Any = None) -> Any:
+        """Effect against dose, with intervals; a matplotlib figure.
+
+        Raises:
+            ValueError: no doses were measured.
+        """
+        from .plotting import plot_doses
+
+        return plot_doses(self, ax)
 
 
-def measure(
-    model: Any,
-    arms: Mapping[str, SteeringPlan | Sequence[SteeringPlan]],
-    probe: Probe,
-    kl_budget: float | int = 1.0,
-    *,
-    layer_pairs: Mapping[str, Sequence[tuple[int | None, int]]] | None = None,
-    rows: int | None = None,
-    remote: bool | str | Remote = False,
-    progress: bool = True,
-) -> Receipt:
-    """Compares arms at equal KL; all their draws share forwards.
-
-    Args:
-        model: the target.
-        arms: a plan or several draws by name; what counts is their direction, not their strength.
-        probe: what to measure with.
-        kl_budget: nats, for the 95th percentile over tokens; lowered to what all arms reach, if some cannot.
-        layer_pairs: (expert layer, target layer) by arm, to be told in the receipt.
-        rows: plans a forward (`costs`).
-        remote: True, "http://...", or a `Remote`: run the target on NDIF.
-        progress: show progress bars.
-
-    Raises:
-        ValueError: no arms, or arms that cannot share a forward.
-    """
-    draws = {name: [p] if isinstance(p, SteeringPlan) else list(p) for name, p in arms.items()}
-    if not draws or not all(draws.values()):
-        raise ValueError("There is no arm to measure, or one without plans.")
-    signed = [sign * p for plans in draws.values() for p in plans for sign in (1.0, -1.0)]
-    found = calibrate_many(model, signed, probe.neutral, kl_budget, rows=rows, remote=remote, progress=progress)
-    short = ~found.met & (found.kl < kl_budget)
-    if short.any():
-        kl_budget = float(found.kl[short].min())
-        found = calibrate_many(model, signed, probe.neutral, kl_budget, rows=rows, remote=remote, progress=progress)
-    return _receipt(model, draws, signed, found, probe, kl_budget, layer_pairs or {}, rows, remote, progress)
+def _number(arm: Mapping[str, Any]) -> str:
+    between = "" if arm["interval"] is None else f" [{arm['interval'][0]:.3g}, {arm['interval'][1]:.3g}]"
+    return f"{arm['effect']:.3g}{between}"
 
 
-def _receipt(
-    model: Any, draws: dict[str, list[SteeringPlan]], signed: list[SteeringPlan], found: Calibration, probe: Probe,
-    kl_budget: float, layer_pairs: Mapping[str, Any], rows: int | None, remote: bool | str | Remote,
-    progress: bool,
-) -> Receipt:  # fmt: skip
-    ready = [with_total(p, float(s)) for p, s in zip(signed, found.strength, strict=True)]
-    words = probe.positive, probe.negative
-    scores = word_scores(model, ready, probe.prompts, *words, rows=rows, remote=remote, progress=progress)
-    base, scores = scores[0], rearrange(scores[1:], "(draw sign) prompt -> draw sign prompt", sign=2)
-    p95, mean_nll, strength = (
-        rearrange(t, "(draw sign) -> draw sign", sign=2) for t in (found.kl, found.nll, found.strength)
-    )
-    result, at = {}, 0
-    for name, plans in draws.items():
-        mine = slice(at, at := at + len(plans))
-        score = scores[mine].mean(-1)
-        effects = score[:, 0] - score[:, 1]
-        many = len(plans) > 1
-        middle = effects.abs().argsort()[len(plans) // 2]
-        result[name] = {
-            "layers": [list(p) for p in layer_pairs.get(name, [(None, layer) for layer in plans[0].layers])],
-            "draws": len(plans),
-            "strength": float(strength[mine].mean(1).median()),
-            "strength_plus": float(strength[mine][:, 0].median()),
-            "strength_minus": float(strength[mine][:, 1].median()),
-            "score_plus": float(score[middle, 0]),
-            "score_minus": float(score[middle, 1]),
-            "effect": float(torch.quantile(effects.abs(), 0.95)) if many else float(effects[0]),
-            "kl_p95": float(p95[mine].amax(1).median()),
-            "nll": float(mean_nll[mine].mean(1).median()),
-            "budget_met": bool(rearrange(found.met, "(draw sign) -> draw sign", sign=2)[mine].all()),
-            "wrong_way": float((scores[mine][:, 0] < base).float().mean(1).median()),
-        }
-        if many:
-            result[name]["effects"] = effects.tolist()
-    unsteered = {"score": float(base.mean()), "nll": found.unsteered_nll}
-    return Receipt(result, unsteered, kl_budget, probe)
+def _share(found: Sequence[float]) -> str:
+    value, low, high = found
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def interval(items: np.ndarray, statistic: Any = None) -> tuple[float, float, float]:
+    """A statistic of the columns of `items` `[item]` or `[arm, item]` (their mean), with its percentile bootstrap interval."""
+    from scipy.stats import bootstrap
+
+    rows = np.atleast_2d(items)
+    made = statistic or (lambda x, axis=-1: x.mean(axis))
+    value = float(made(*rows, axis=-1))
+    if rows.shape[1] < 2 or np.ptp(rows) == 0:
+        return value, value, value
+    found = bootstrap(
+        tuple(rows), made, paired=True, vectorized=True, n_resamples=_RESAMPLES, confidence_level=CONFIDENCE,
+        method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return value, float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -182,7 +182,10 @@ class SteeringPlan:
         )
 
     def __mul__(self, factor: float | int) -> SteeringPlan:
-        return self._changed([replace(v, strength=v.strength * factor) for v in self.vectors])
+        made = self._changed([replace(v, strength=v.strength * factor) for v in self.vectors])
+        if "calibration" in self.info:
+            return SteeringPlan(made.vectors, self.target, {**made.info, "calibration": self.info["calibration"]})
+        return made
 
     __rmul__ = __mul__
 
@@ -190,8 +193,17 @@ class SteeringPlan:
         return self * -1.0
 
     def _changed(self, vectors: Sequence[SteeringVector]) -> SteeringPlan:
-        # a receipt was measured for the plan as it was
-        return SteeringPlan(vectors, self.target, {k: v for k, v in self.info.items() if k != "receipt"})
+        # they were measured for the plan as it was
+        kept = {k: v for k, v in self.info.items() if k not in ("receipt", "calibration")}
+        return SteeringPlan(vectors, self.target, kept)
+
+    @property
+    def dose(self) -> float | None:
+        """Strength in units of the calibrated one (`calibrate`); None where the plan is not calibrated."""
+        unit_strengths = self.info.get("calibration", {}).get("strengths")
+        if not unit_strengths or self.vectors[0].rows is not None:
+            return None
+        return float(self.vectors[0].strength) / unit_strengths[0]
 
     def with_(self, **changes: Any) -> SteeringPlan:
         """The same plan with fields of every vector changed: `plan.with_(strength=0.3, where="completion")`.
@@ -323,7 +335,17 @@ class SteeringPlan:
             known = "" if v.residual_norm is None else f" residual norms (of {v.residual_norm:.4g})"
             where = v.where + (f" from step {v.from_step}" if v.from_step else "")
             lines.append(f"  layer {v.layer:>3}  {v.op} {strength}{known}, {where} positions")
-        lines += [f"  {k}: {_short(v)}" for k, v in self.info.items()]
+        lines += [f"  {k}: {_short(v)}" for k, v in self.info.items() if k not in ("calibration", "receipt")]
+        calibration, receipt = self.info.get("calibration"), self.info.get("receipt")
+        if calibration and self.dose is not None:
+            met = "" if calibration["met"] else f", which misses the budget of {calibration['kl_budget']:g}"
+            lines.append(
+                f"  dose {self.dose:.3g}; at dose 1 {calibration['quantile']:.0%} of {calibration['tokens']} neutral tokens have a "
+                f"KL(steered || unsteered) below {calibration['kl']:.3g} nats{met}"
+            )
+        else:
+            lines.append("  not calibrated: calibrate(plan, model, prompts) gives its strength a unit")
+        lines.append(f"  receipt: {receipt['verdict']}" if receipt else "  untested: no receipt")
         return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What models read: contrast pairs, anchors, chat messages, and the token positions that are kept.
+"""What models read: texts, chat messages, and the token positions that are kept.
 
 A text is a string, or a list of chat messages (`{"role": ..., "content": ...}`), which goes through the model's own
 template and gets no special token besides those the template writes.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ def as_texts(texts: Any, column: str = "text") -> list[Text]:
         isinstance(texts, str) and "\n" not in texts and Path(texts).suffix in (".txt", ".jsonl")
     ):
         if Path(texts).suffix == ".jsonl":
-            rows = _json_lines(Path(texts))
+            rows = json_lines(Path(texts))
             if any(column not in row for row in rows):
                 raise ValueError(f"Some lines of {Path(texts).name} have no {column!r}.")
             texts = [row[column] for row in rows]
@@ -58,7 +56,8 @@ def as_texts(texts: Any, column: str = "text") -> list[Text]:
     return found
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of JSON lines; empty lines are left out."""
     rows = []
     # not splitlines(): a JSON string may hold other line separators
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -70,126 +69,9 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@dataclass(frozen=True)
-class ContrastPairs(Sequence):
-    """Pairs of a positive and a negative text about the same thing.
-
-    Attributes:
-        positive: texts of the positive class.
-        negative: texts of the negative class; `negative[i]` belongs to `positive[i]`.
-        splits: a name a pair (`train`, `validation`, `test`), or empty.
-    """
-
-    positive: tuple[Any, ...]
-    negative: tuple[Any, ...]
-    splits: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("positive", "negative"):
-            object.__setattr__(self, name, tuple(as_texts(getattr(self, name))))
-        object.__setattr__(self, "splits", tuple(self.splits))
-        if len(self.positive) != len(self.negative) or len(self.splits) not in (0, len(self.positive)):
-            raise ValueError(
-                f"Contrast pairs need as many negatives as positives (and as many splits, if any): "
-                f"found {len(self.positive)}, {len(self.negative)} and {len(self.splits)}."
-            )
-
-    @classmethod
-    def of(cls, pairs: Any) -> ContrastPairs:
-        """Pairs from `ContrastPairs`, (positive, negative) tuples, mappings with those keys, or a dataset or JSON-lines file."""
-        if isinstance(pairs, cls):
-            return pairs
-        if isinstance(pairs, (str, Path)):
-            pairs = _json_lines(Path(pairs))
-        rows = list(pairs)
-        if len(rows) == 2 and all(isinstance(r, list) and r and isinstance(r[0], str) for r in rows):
-            raise ValueError(
-                "Two lists of texts were given: write ContrastPairs(positive, negative), or a list of tuples."
-            )
-        if rows and isinstance(rows[0], Mapping):
-            for i, row in enumerate(rows):
-                if not {"positive", "negative"} <= set(row):
-                    raise ValueError(
-                        f"Contrast pairs need the keys positive and negative, but row {i} has {sorted(row)}."
-                    )
-            splits = [r["split"] for r in rows if "split" in r]
-            return cls(tuple(r["positive"] for r in rows), tuple(r["negative"] for r in rows), tuple(splits))
-        if not rows or any(isinstance(r, str) or len(r) != 2 for r in rows):
-            raise ValueError("Contrast pairs must be (positive, negative) tuples, or rows with those keys.")
-        return cls(tuple(r[0] for r in rows), tuple(r[1] for r in rows))
-
-    @classmethod
-    def from_jsonl(cls, path: str | Path) -> ContrastPairs:
-        """Pairs from a file of JSON lines with `positive`, `negative` and perhaps `split`."""
-        return cls.of(Path(path))
-
-    def split(self, name: str) -> ContrastPairs:
-        """The pairs of one split.
-
-        Raises:
-            ValueError: no pair has it.
-        """
-        keep = [i for i, s in enumerate(self.splits) if s == name]
-        if not keep:
-            raise ValueError(f"No pair has the split {name!r}; there are {sorted(set(self.splits)) or 'no splits'}.")
-        return self[keep]
-
-    @property
-    def texts(self) -> list[Text]:
-        """All texts, pair by pair: positive 0, negative 0, positive 1, ..."""
-        return [t for pair in zip(self.positive, self.negative, strict=True) for t in pair]
-
-    @property
-    def labels(self) -> list[int]:
-        """1 for a positive and 0 for a negative text, in the order of `texts`."""
-        return [1, 0] * len(self)
-
-    @property
-    def groups(self) -> list[int]:
-        """Number of the pair that each text belongs to, in the order of `texts`."""
-        return [i for i in range(len(self)) for _ in range(2)]
-
-    def __len__(self) -> int:
-        return len(self.positive)
-
-    def __getitem__(self, key: Any) -> Any:
-        """Pair `key` as (positive, negative), or the pairs of a slice or list of indices."""
-        if isinstance(key, int):
-            return self.positive[key], self.negative[key]
-        keep = range(len(self))[key] if isinstance(key, slice) else key
-        return ContrastPairs(
-            tuple(self.positive[i] for i in keep),
-            tuple(self.negative[i] for i in keep),
-            tuple(self.splits[i] for i in keep) if self.splits else (),
-        )
-
-    def __iter__(self) -> Iterator[tuple[Text, Text]]:
-        return iter(zip(self.positive, self.negative, strict=True))
-
-    def __repr__(self) -> str:
-        counts = {s: self.splits.count(s) for s in dict.fromkeys(self.splits)}
-        return f"ContrastPairs({len(self)} pairs{', ' + str(counts) if counts else ''})"
-
-
-def check_disjoint(anchors: Iterable[Text], labelled: Iterable[Text]) -> None:
-    """Refuses anchors that are among the labelled texts.
-
-    With them a map carries the labels over, whatever the expert: an untrained one then does as well. Only texts that are
-    equal up to case and white space are found.
-
-    Raises:
-        ValueError: some text is in both.
-    """
-    shared = {_key(t) for t in anchors} & {_key(t) for t in labelled}
-    if shared:
-        raise ValueError(
-            f"{len(shared)} of the anchors are labelled texts too (such as {next(iter(shared))[:60]!r}): "
-            f"take them out, because a map fitted on them carries the labels over for any expert, even an untrained one."
-        )
-
-
-def _key(text: Text) -> str:
-    return " ".join((text if isinstance(text, str) else json.dumps(text)).lower().split())
+def plain(text: Text) -> str:
+    """A text's words as one string: of chat messages, their contents."""
+    return text if isinstance(text, str) else "\n".join(str(m["content"]) for m in text)
 
 
 def texts_hash(texts: Iterable[Text]) -> str:
@@ -261,24 +143,3 @@ def token_index(position: Position, ids: list[int], prefix: int) -> int | None:
     if not -own <= index < own:
         raise ValueError(f"Position {index} was asked for, but a text has only {own} tokens of its own.")
     return prefix + index % own
-
-
-def example(name: str) -> Any:
-    """Data written for this project: `sentiment_pairs`, `general`, `sentiment_in_domain` or `sentiment_probe`.
-
-    `sentiment_pairs` are `ContrastPairs` with splits; `general` and `sentiment_in_domain` lists of anchor texts, disjoint
-    from the pairs; `sentiment_probe` a mapping of prompts, neutral texts and words to measure with.
-
-    Raises:
-        ValueError: no such data.
-    """
-    folder = resources.files("expertsteer_nnsight") / "data"
-    for suffix in (".jsonl", ".txt", ".json"):
-        file = folder / (name + suffix)
-        if file.is_file():
-            content = file.read_text(encoding="utf-8")
-            if suffix == ".jsonl":
-                return ContrastPairs.of([json.loads(line) for line in content.split("\n") if line])
-            return [line for line in content.split("\n") if line] if suffix == ".txt" else json.loads(content)
-    names = sorted(f.name.rsplit(".", 1)[0] for f in folder.iterdir() if not f.name.startswith("_"))
-    raise ValueError(f"There is no example data {name!r}: choose one of {', '.join(names)}.")

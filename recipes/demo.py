@@ -15,17 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nnsight
-import torch
 from nnsight.modeling.transformers import TransformersModel
-from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.calibration import with_total
+from expertsteer_nnsight.control_arms import control_arms
 from expertsteer_nnsight.identity import ModelIdentity, fingerprint
+from expertsteer_nnsight.labelled import check_disjoint
 from expertsteer_nnsight.packaged_models import model_path
-from expertsteer_nnsight.plotting import figure, plot_layer_scores, plot_receipt
-from expertsteer_nnsight.texts import check_disjoint, encode
+from expertsteer_nnsight.plotting import figure, plot_doses, plot_layer_scores, plot_receipt
+from expertsteer_nnsight.rollouts import completions, rollouts
 
 
 def load(name: str) -> TransformersModel:
@@ -45,84 +43,40 @@ def read_states(
 
 
 def fit_arms(
-    states: dict[tuple[str, str], Any], pairs: Any, draws: int, seed: int
-) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """Plans of all arms, their layer pairs, and the fitted recommended estimator."""
-    labels, groups = pairs.labels, pairs.groups
-    arms: dict[str, Any] = {}
-    layer_pairs: dict[str, list[tuple[int | None, int]]] = {}
+    states: dict[tuple[str, str], Any], pairs: Any, anchors: Sequence[str], draws: int, seed: int
+) -> tuple[es.ExpertSteer, dict[str, Any]]:
+    """The fitted recommended estimator, and what its plan is compared with."""
+    target, untrained = "target", [name for name in dict.fromkeys(n for n, _ in states) if name.startswith("untrained")]
 
-    bar = tqdm(total=7, desc="fitting arms", unit="arm")
-
-    def fit(name: str, steer: es.ExpertSteer, expert: str, anchors: str = "general") -> es.ExpertSteer:
+    def fit(steer: es.ExpertSteer, expert: str, kind: str = "general") -> Any:
         steer.set_params(random_state=seed)
-        arms[name] = steer.fit_activations(
-            states[expert, "pairs"], labels, states[expert, anchors], states["target", anchors], groups=groups
+        return steer.fit_activations(
+            states[expert, "pairs"], pairs.labels, states[expert, kind], states[target, kind], groups=pairs.groups
         )
-        layer_pairs[name] = [(p.expert, p.target) for p in steer.pairs_]
-        bar.update()
-        return steer
 
-    recommended = fit("recommended", es.ExpertSteer.recommended(permutations=20), "expert")
-    same = [(p.expert, p.target) for p in recommended.pairs_]
+    recommended = es.ExpertSteer.recommended(permutations=20)
+    fit(recommended, "expert")
     # the same layers for the controls, so that the expert's weights are all that differs
-    fit("untrained", es.ExpertSteer.recommended(layers=same), "untrained")
+    controls: dict[str, Any] = control_arms(
+        recommended, states["expert", "pairs"], pairs.labels, states["expert", "general"], states[target, "general"],
+        groups=pairs.groups, labelled_target=states[target, "pairs"], texts=(pairs.texts, anchors), draws=draws,
+        untrained=[(states[name, "pairs"], states[name, "general"]) for name in untrained],
+    )  # fmt: skip
+    same = [(p.expert, p.target) for p in recommended.pairs_]
     # in-domain texts alone: on the validation prompts the general ones beside them took a quarter of the effect away
-    fit("in_domain", es.ExpertSteer.in_domain(layers=same), "expert", "in_domain")
-    fit("in_domain_untrained", es.ExpertSteer.in_domain(layers=same), "untrained", "in_domain")
-    fit("paper", es.ExpertSteer.paper(), "expert")
-    own = [(t, t) for _, t in same]
-    fit("native", es.ExpertSteer.recommended(aligner=es.IdentityAligner(), layers=own), "target")
-    layer_pairs["native"] = [(None, t) for _, t in same]
-    by_pair = [
-        es.permuted_directions(
-            recommended.aligners_[0], states["expert", "general"][e], states["target", "general"][t], direction.vector,
-            direction.space, draws, seed,
-        )
-        for (e, t), direction in zip(same, recommended.directions_, strict=True)
-    ]  # fmt: skip
-    # a plan keeps its vectors in the order of layers, the pairs in that of their scores
-    order = sorted(range(len(same)), key=lambda i: same[i][1])
-    arms["permuted"] = [arms["recommended"].with_directions([by_pair[i][n] for i in order]) for n in range(draws)]
-    layer_pairs["permuted"] = layer_pairs["recommended"]
-    bar.update()
-    bar.close()
-    arms["random"] = es.random_plans(arms["recommended"], draws, seed)
-    return arms, layer_pairs, recommended
-
-
-def continuations(target: Any, plans: dict[str, Any], prompts: Sequence[str], tokens: int) -> dict[str, list[str]]:
-    """The same prompts continued without a plan and with each of `plans`."""
-    result = {}
-    width = max(len(encode(target.tokenizer, p)[0]) for p in prompts)
-    for name, plan in plans.items():
-        model = target if plan is None else plan.attach(target)
-        with torch.no_grad(), model.generate(list(prompts), max_new_tokens=tokens, do_sample=False) as tracer:
-            ids = nnsight.save(tracer.result)
-        result[name] = [
-            target.tokenizer.decode(row[width:], skip_special_tokens=True).replace("\n", " ") for row in ids
-        ]
-    return result
+    controls["in_domain"] = fit(es.ExpertSteer.in_domain(layers=same), "expert", "in_domain")
+    controls["in_domain_untrained"] = [fit(es.ExpertSteer.in_domain(layers=same), u, "in_domain") for u in untrained]
+    controls["paper"] = fit(es.ExpertSteer.paper(), "expert")
+    return recommended, controls
 
 
 def report(recommended: es.ExpertSteer, receipt: es.Receipt, path: Path) -> None:
-    """Layer scores with the chosen pairs, and effect against cost of every arm."""
-    fig, (left, right) = figure(13, 5, columns=2)
+    """Layer scores with the chosen pairs, effect against cost of every arm, and effect against dose."""
+    fig, (left, middle, right) = figure(19, 5, columns=3)
     plot_layer_scores(recommended.scores_, recommended.pairs_, ax=left)
-    plot_receipt(receipt, ax=right)
+    plot_receipt(receipt, ax=middle)
+    plot_doses(receipt, ax=right)
     fig.savefig(path, dpi=130)
-
-
-def verdict(receipt: es.Receipt) -> str:
-    """Whether the expert added anything, in a sentence."""
-    effect = {name: arm["effect"] for name, arm in receipt.arms.items()}
-    best = effect["recommended"]
-    noise = max(effect["permuted"], effect["random"])
-    shown = "the expert added" if best > max(2 * effect["untrained"], noise) else "nothing shows that the expert added"
-    return (
-        f"recommended has {best / effect['native']:.2f} of the native effect; untrained has {effect['untrained']:.2f} nats and "
-        f"chance up to {noise:.2f}, so {shown} something here."
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> es.Receipt:
@@ -134,50 +88,47 @@ def main(argv: Sequence[str] | None = None) -> es.Receipt:
     parser.add_argument(
         "--draws", type=int, default=20, help="draws of the permuted and random arms (default: %(default)s)"
     )
+    parser.add_argument("--untrained", type=int, default=3, help="untrained experts (default: %(default)s)")
     parser.add_argument("--kl", type=float, default=1.0, help="KL budget in nats (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: %(default)s)")
     args = parser.parse_args(argv)
     started = time.time()
 
     models: dict[str, Any] = {"expert": load(args.expert or str(model_path("gemma-3-270m")))}
-    models["untrained"] = es.untrained_like(models["expert"], args.seed)
     models["target"] = load(args.target or str(model_path("SmolLM2-135M-Instruct")))
     pairs = es.example("sentiment_pairs").split("train")
-    probe_data = es.example("sentiment_probe")
-    probe = es.Probe(
-        probe_data["test_prompts"],
-        probe_data["positive_words"],
-        probe_data["negative_words"],
-        probe_data["neutral_texts"][:8],
-    )
+    probe = es.example("sentiment_probe")
+    words = es.Words(probe["test_prompts"], probe["positive_words"], probe["negative_words"])
+    neutral = probe["neutral_texts"][:8]
     texts = {"pairs": pairs.texts, "general": es.example("general"), "in_domain": es.example("sentiment_in_domain")}
-    check_disjoint([*texts["general"], *texts["in_domain"]], [*es.example("sentiment_pairs").texts, *probe.prompts])
+    check_disjoint([*texts["general"], *texts["in_domain"]], [*es.example("sentiment_pairs").texts, *words.prompts])
     expert_layers, target_layers = es.ExpertSteer.paper().wanted_layers(
         ModelIdentity.of(models["expert"]), ModelIdentity.of(models["target"])
     )
-    layers = {"expert": expert_layers, "untrained": expert_layers, "target": target_layers}
-    states = read_states(models, texts, layers, args.out / "states")
-    arms, layer_pairs, recommended = fit_arms(states, pairs, args.draws, args.seed)
-    receipt = es.measure(models["target"], arms, probe, args.kl, layer_pairs=layer_pairs)
+    states = read_states(models, texts, {"expert": expert_layers, "target": target_layers}, args.out / "states")
+    for n in range(1, args.untrained + 1):
+        name = f"untrained-{n}"  # one at a time in memory
+        states |= read_states(
+            {name: es.untrained_like(models["expert"], n)}, texts, {name: expert_layers}, args.out / "states"
+        )
+    recommended, controls = fit_arms(states, pairs, texts["general"], args.draws, args.seed)
+    target = models["target"]
+    towards, away = es.calibrate([recommended.plan_, -recommended.plan_], target, neutral, args.kl)
+    receipt = es.receipt(towards, target, words, neutral, controls)
 
-    best = receipt.arms["recommended"]
-    info = {**arms["recommended"].info, "receipt": {k: v for k, v in receipt.to_dict().items() if k != "probe"}}
-    plan = es.SteeringPlan(
-        with_total(arms["recommended"], best["strength_plus"]).vectors, arms["recommended"].target, info
-    )
-    away = with_total(-plan, best["strength_minus"])
     args.out.mkdir(parents=True, exist_ok=True)
-    plan.save(args.out / "plan.safetensors")
+    receipt.plan.save(args.out / "plan.safetensors")
     receipt.save(args.out / "receipt.json")
     report(recommended, receipt, args.out / "report.png")
 
-    prompts = probe.prompts[:4]
-    shown = continuations(models["target"], {"unsteered": None, "towards": plan, "away": away}, prompts, 24)
+    prompts = probe["test_prompts"][:4]
+    plans = {"unsteered": None, "towards": towards, "away": away}
+    shown = {name: completions(target, rollouts(target, prompts, plan, 24)) for name, plan in plans.items()}
     for i, prompt in enumerate(prompts):
         print(f"\n{prompt}")
         for name, rows in shown.items():
-            print(f"  {name:>9}: {rows[i]}")
-    print(f"\n{receipt}\n\n{verdict(receipt)}")
+            print(f"  {name:>9}: {rows[i]!r}")
+    print(f"\n{receipt}\n")
     print(f"Wrote plan.safetensors, receipt.json and report.png to {args.out} in {time.time() - started:.0f} s.")
     return receipt
 

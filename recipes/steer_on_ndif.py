@@ -17,7 +17,6 @@ import nnsight
 from nnsight import CONFIG
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.calibration import calibrate_many, with_total
 from expertsteer_nnsight.packaged_models import model_path
 
 
@@ -38,13 +37,6 @@ def running(remote: es.Remote) -> str:
     raise SystemExit(
         f"No model is in {remote.address}'s list of running ones, which may be a minute old: name one with --target."
     )
-
-
-def dose(target: Any, plan: es.SteeringPlan, texts: Sequence[str], remote: es.Remote) -> list[es.SteeringPlan]:
-    """The plan and its opposite, at the strength that costs 1 nat of KL each; computed on the server."""
-    signed = [plan, -plan]
-    found = calibrate_many(target, signed, texts, kl_budget=1.0, remote=remote, progress=True)
-    return [with_total(p, float(s)) for p, s in zip(signed, found.strength, strict=True)]
 
 
 def write_on(
@@ -78,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> es.SteeringPlan:
         expert, target, pairs, es.example("general")[: args.anchors],
         remote_expert=remote if args.remote_expert else False, remote_target=remote,
     )  # fmt: skip
-    towards, away = dose(target, plan, probe["neutral_texts"][:4], remote)
+    # at the strength that costs 1 nat of KL each; computed on the server
+    towards, away = es.calibrate([plan, -plan], target, probe["neutral_texts"][:4], remote=remote, progress=True)
     prompts = list(probe["test_prompts"][:3])
     for name, arm in (("unsteered", None), ("towards", towards), ("away", away)):
         for text in write_on(target, arm, prompts, args.tokens, remote):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -11,9 +10,8 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, PROMPTS, tiny
 
-from expertsteer_nnsight.calibration import calibrate_many, costs, stack, total_strength, with_total, word_scores
-from expertsteer_nnsight.expert_steer import random_plans
-from expertsteer_nnsight.receipts import Probe, measure
+from expertsteer_nnsight.calibration import calibrate, calibrate_many, neutral_tokens, total_strength, with_total
+from expertsteer_nnsight.scoring import costs, stack, word_scores
 from expertsteer_nnsight.steering import SteeringPlan, SteeringVector
 
 
@@ -142,31 +140,66 @@ def test_strengths_of_zero_cannot_be_scaled():
         calibrate_many(tiny("llama"), [plans(1)[0].with_(strength=0.0)], PROMPTS)
 
 
-def test_a_receipt_holds_every_arm_at_equal_cost(tmp_path):
-    model = tiny("gpt2")
-    plan = plans(1)[0]
-    probe = Probe(PROMPTS, ("the", "dog"), ("test", "fox"), PROMPTS)
-    arms = {"one": plan, "other_way": -plan, "random": random_plans(plan, 6)}
-    receipt = measure(model, arms, probe, 0.1, progress=False)
-    assert all(abs(math.log(a["kl_p95"] / receipt.kl_budget)) < 0.05 for a in receipt.arms.values())
-    one, other, random = (receipt.arms[k] for k in arms)
-    assert math.isclose(one["effect"], -other["effect"], rel_tol=1e-3, abs_tol=1e-4)
-    assert math.isclose(one["effect"], one["score_plus"] - one["score_minus"], abs_tol=1e-5)
-    assert len(random["effects"]) == 6
-    assert math.isclose(random["effect"], float(torch.tensor(random["effects"]).abs().quantile(0.95)), rel_tol=1e-5)
-    stored = json.loads(receipt.save(tmp_path / "receipt.json").read_text())
-    assert stored["arms"]["one"]["effect"] == one["effect"] and stored["probe"]["prompts"] == PROMPTS
-    assert "95th percentile of 6 draws" in repr(receipt) and "unsteered" in repr(receipt)
-    assert receipt.plot().axes[0].get_xlabel()
-    with pytest.raises(ValueError, match="no arm"):
-        measure(model, {"none": []}, probe)
-    with pytest.raises(ValueError, match="needs prompts"):
-        Probe((), ("a",), ("b",), ("c",))
+def test_calibrate_gives_the_plan_at_dose_one():
+    model, (a, b) = tiny("llama"), plans(2)
+    one = calibrate(a, model, PROMPTS, 0.2, rollout=6)
+    told = one.info["calibration"]
+    assert one.dose == 1 and (2 * one).dose == 2 and math.isclose((-0.5 * one).dose, -0.5)
+    assert told["met"] and told["tokens"] == sum(len(t.ids) for t in neutral_tokens(model, PROMPTS, 6))
+    assert told["curve"] == sorted(told["curve"]) and len(told["curve"]) >= 4
+    # measured again with a plain trace of every text by itself
+    kl = []
+    for text in neutral_tokens(model, PROMPTS, 6):
+        ids = torch.tensor([text.ids])
+        logits = []
+        for plan in (None, one):
+            with torch.no_grad(), model.trace(ids):
+                if plan is not None:
+                    plan.apply(model)
+                logits.append(nnsight.save(model.output.logits[0].float().log_softmax(-1)))
+        base, steered = logits
+        kl.append((steered.exp() * (steered - base)).sum(-1))
+    assert abs(float(torch.quantile(torch.cat(kl), 0.95)) / 0.2 - 1) < 0.035
+    both = calibrate([a, b], model, PROMPTS, 0.2, rollout=6)
+    assert math.isclose(total_strength(both[0]), total_strength(one), rel_tol=0.03) and both[1].dose == 1
 
 
-def test_random_plans_are_reproducible_and_differ():
-    plan = plans(1)[0]
-    a, b, c = random_plans(plan, 2, 0), random_plans(plan, 2, 0), random_plans(plan, 2, 1)
-    assert torch.equal(a[1].vectors[0].direction, b[1].vectors[0].direction)
-    assert not torch.allclose(a[1].vectors[0].direction, c[1].vectors[0].direction)
-    assert not torch.allclose(a[0].vectors[0].direction, a[1].vectors[0].direction)
+def test_a_dose_is_lost_where_the_plan_is_no_longer_the_calibrated_one():
+    plan = calibrate(plans(1)[0], tiny("llama"), PROMPTS, 0.2, rollout=0)
+    assert plan.with_(where="completion").dose is None and plan.with_(strength=0.1).dose is None
+    assert "dose 1" in repr(plan) and "untested: no receipt" in repr(plan)
+    assert "not calibrated" in repr(plans(1)[0])
+
+
+def test_dose_and_curve_survive_a_file(tmp_path):
+    plan = 0.5 * calibrate(plans(1)[0], tiny("llama"), PROMPTS, 0.2, rollout=0)
+    loaded = SteeringPlan.load(plan.save(tmp_path / "plan.safetensors"))
+    assert loaded.dose == 0.5 and loaded.info["calibration"]["curve"] == plan.info["calibration"]["curve"]
+
+
+def test_a_budget_out_of_reach_warns_and_is_kept():
+    with pytest.warns(UserWarning, match="use another budget"):
+        plan = calibrate(plans(1)[0], tiny("llama"), PROMPTS, 1e6, limit=2.0)
+    assert not plan.info["calibration"]["met"] and "misses the budget" in repr(plan)
+
+
+def test_few_plans_need_few_rounds(monkeypatch):
+    import expertsteer_nnsight.calibration as module
+
+    calls = []
+    real = module.costs
+    monkeypatch.setattr(module, "costs", lambda *args, **kw: calls.append(len(args[1])) or real(*args, **kw))
+    assert calibrate(plans(1)[0], tiny("llama"), PROMPTS, 0.2).info["calibration"]["met"]
+    assert len(calls) <= 4 and calls[0] == 4
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_neutral_tokens_are_the_prompts_and_the_unsteered_greedy_continuation(bos):
+    model = tiny("gpt2", bos)
+    for prompt, text in zip(PROMPTS, neutral_tokens(model, PROMPTS, 5), strict=True):
+        ids = model.tokenizer(prompt)["input_ids"]
+        with torch.no_grad():
+            made = model._module.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False, pad_token_id=0)
+        expected = made[0].tolist()
+        end = next((i for i, t in enumerate(expected) if i >= len(ids) and t == 2), len(expected))
+        assert text.ids == expected[:end] and text.prefix == int(bos)

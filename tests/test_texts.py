@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 
 import datasets
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tokenizer
 
-from expertsteer_nnsight.texts import (
-    ContrastPairs,
-    as_texts,
-    check_disjoint,
-    encode,
-    example,
-    texts_hash,
-    token_index,
-)
+from expertsteer_nnsight.labelled import ContrastPairs, LabelledTexts, check_disjoint, example, overlap
+from expertsteer_nnsight.texts import as_texts, encode, texts_hash, token_index
 
 ROWS = [
     {"positive": "good soup", "negative": "bad soup", "split": "train"},
@@ -152,18 +148,160 @@ def test_texts_that_are_none(tmp_path):
         as_texts(tmp_path / "empty.txt")
 
 
+LONG = "The small cat sat on a red mat."
+VARIANTS = [
+    LONG,
+    LONG.upper(),
+    "the  small\tcat sat on a\nred mat",
+    "The small cat -- sat, on a 'red' mat!",
+    "The small cat sat on a red-mat",
+    f"He said: {LONG} Then he left.",
+    "small cat sat on a",
+    [{"role": "user", "content": LONG}],
+    "Thesmallcatsatonaredmat",
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_near_copies_of_a_labelled_text_are_found(variant):
+    assert overlap(["something else", variant, "another one"], [LONG, "unrelated"]) == [1]
+    assert overlap([LONG], ["unrelated", variant]) == [0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["a red mat", "the small cats sat on a red mat", "The small cat sat on a blue mat, red", "cat small the", "..."],
+)
+def test_what_is_no_near_copy(other):
+    assert overlap([other, "!!!"], [LONG, "?!"]) == []
+
+
+def test_a_short_labelled_text_may_be_part_of_an_anchor():
+    assert overlap(["I had a good soup today at home"], ["good soup"]) == []
+    assert overlap(["don\u2019t do it", "Cafe\u0301 au lait", "!!!"], ["Dont do it", "caf\u00e9 au lait", "!!!"]) == [
+        0,
+        1,
+        2,
+    ]
+
+
+words = st.lists(st.sampled_from(["a", "bb", "c", "dd"]), min_size=1, max_size=9).map(" ".join)
+
+
+@given(st.lists(words, min_size=1, max_size=6), st.lists(words, min_size=1, max_size=6))
+def test_overlap_is_what_comparing_each_with_each_finds(anchors, labelled):
+    def near(a, b):
+        short, long = sorted((a, b), key=lambda t: len(t.split()))
+        within = len(short.split()) >= 4 and f" {short} " in f" {long} "
+        return a.replace(" ", "") == b.replace(" ", "") or within
+
+    assert overlap(anchors, labelled) == [i for i, a in enumerate(anchors) if any(near(a, b) for b in labelled)]
+
+
+@pytest.mark.parametrize("start", ["", "they all start with the same words "])
+def test_overlap_is_quick(start):
+    rng = np.random.default_rng(0)
+
+    def some(n):
+        return [start + " ".join(f"w{i}" for i in rng.integers(0, 3000, rng.integers(20, 60))) for _ in range(n)]
+
+    anchors, labelled = some(2000), some(400)
+    anchors[7] = f"x {labelled[3]} y"
+    began = time.perf_counter()
+    assert overlap(anchors, labelled) == [7]
+    took = time.perf_counter() - began
+    assert took < 1.0, took  # 0.2 s where nothing else runs
+
+
 def test_anchors_must_not_be_labelled_texts():
     pairs = ContrastPairs.of(ROWS)
     check_disjoint(["something else", CHAT], pairs.texts)
-    for variant in ("good soup", "Good SOUP", " good   soup\n", "good\tsoup"):
-        with pytest.raises(
-            ValueError, match=r"1 of the anchors are labelled texts too \(such as 'good soup'\): take them out"
-        ):
-            check_disjoint(["something else", variant], pairs.texts)
-    with pytest.raises(ValueError, match="1 of the anchors"):
+    with pytest.raises(
+        ValueError, match=r"1 of the 2 anchors are labelled texts too, .* \(such as 'Good SOUP!'\).*out"
+    ):
+        check_disjoint(["something else", "Good SOUP!"], pairs.texts)
+    with pytest.raises(ValueError, match="1 of the 1 anchors"):
         check_disjoint([[{"role": "user", "content": "HELLO  world"}]], [CHAT])
-    with pytest.raises(ValueError, match="2 of the anchors"):
-        check_disjoint(["Good soup", "cold bed"], pairs.texts)
+    with pytest.raises(ValueError, match="2 of the 2 anchors"):
+        check_disjoint(iter(["Good soup", "cold bed"]), iter(pairs.texts))
+
+
+# labelled texts
+
+
+def test_labelled_texts_of_pairs_keep_their_order():
+    for pairs in (ROWS, TUPLES, ContrastPairs.of(ROWS)):
+        found = LabelledTexts.of(pairs)
+        assert found.texts == tuple(ContrastPairs.of(ROWS).texts) and found.source == "pairs"
+        assert found.labels == (1, 0, 1, 0, 1, 0) and found.groups == (0, 0, 1, 1, 2, 2)
+    assert LabelledTexts.of(found) is found and len(found) == 6
+    assert repr(found) == "LabelledTexts(6 texts in 3 groups, pairs, labels {0.0: 3, 1.0: 3})"
+
+
+def test_labels_are_classes_or_real_numbers():
+    found = LabelledTexts(["a", "b", CHAT], np.array([0.5, -1.0, 2.0]))
+    assert found.labels == (0.5, -1.0, 2.0) and found.groups == (0, 1, 2) and found.source == "real"
+    assert "labels -1 to 2" in repr(found)
+    classes = LabelledTexts.of_classes(["a", "b", "c"], ["d"])
+    assert classes.labels == (1, 1, 1, 0) and classes.groups == (0, 1, 2, 3) and classes.source == "classes"
+    assert LabelledTexts(["a", "b"], [1, 2], ["x", "x"], "mine").source == "mine"
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups", "message"),
+    [
+        ([1, 0, 1], None, "found 2 texts, 3 labels and 2 groups"),
+        ([1, 0], [1], "found 2 texts, 2 labels and 1 groups"),
+        ([1, math.nan], None, "Label 1 is nan: labels must be finite"),
+        ([math.inf, 0], None, "Label 0 is inf"),
+        ([2, 2.0], None, "All 2 labels are 2: a direction needs"),
+    ],
+)
+def test_labels_that_cannot_be_used(labels, groups, message):
+    with pytest.raises(ValueError, match=message):
+        LabelledTexts(["a", "b"], labels, groups)
+
+
+CHOICES = [
+    {"question": "Is snow cold?", "options": ["no", "yes", "never"], "answer": 1, "split": "train"},
+    {"question": "Two and two?", "options": ["four", "five"], "answer": 0, "split": "test"},
+    {"question": "Is snow cold?", "options": ["very", "not at all"], "answer": np.int64(0), "split": "train"},
+]
+
+
+def test_choices_are_right_against_wrong_grouped_by_question(tmp_path):
+    plain = [{**r, "answer": int(r["answer"])} for r in CHOICES]
+    for rows in (CHOICES, write_lines(tmp_path / "q.jsonl", plain), datasets.Dataset.from_list(plain)):
+        found = LabelledTexts.from_choices(rows)
+        assert found.texts == (
+            "Is snow cold? yes", "Is snow cold? no", "Is snow cold? never", "Two and two? four", "Two and two? five",
+            "Is snow cold? very", "Is snow cold? not at all",
+        )  # fmt: skip
+        assert found.labels == (1, 0, 0, 1, 0, 1, 0) and found.source == "choices"
+        assert found.groups == (0, 0, 0, 3, 3, 0, 0)
+        pairs = ContrastPairs.from_choices(rows)
+        assert pairs[0] == ("Is snow cold? yes", "Is snow cold? no") and len(pairs) == 3
+        assert len(pairs.split("train")) == 2
+    chat = LabelledTexts.from_choices([{"question": CHAT, "options": ["yes", "no"], "answer": 1}])
+    assert chat.texts[0] == [*CHAT, {"role": "assistant", "content": "no"}] and chat.labels == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": 2}, "The answer of row 1 is 2: it must be an index of its 2 options"),
+        ({"answer": -1}, "The answer of row 1 is -1"),
+        ({"answer": "A"}, "The answer of row 1 is 'A'"),
+        ({"answer": True}, "The answer of row 1 is True"),
+        ({"options": ["four"]}, "Row 1 has no wrong option"),
+        ({"options": ["four", "four"]}, "or one that equals the right one"),
+    ],
+)
+def test_choices_that_are_none(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LabelledTexts.from_choices([CHOICES[0], {**CHOICES[1], **changes}])
+    with pytest.raises(ValueError, match=r"keys question, options and answer, but row 0 has \['question'\]"):
+        ContrastPairs.from_choices([{"question": "a"}])
 
 
 def test_hash_of_texts_knows_order_and_borders():

@@ -20,7 +20,7 @@ from nnsight.modeling.transformers import TransformersModel
 from nnsight.schema.request import RequestModel
 import expertsteer_nnsight as es
 from expertsteer_nnsight import Positions, Remote, SteeringPlan, SteeringVector
-from expertsteer_nnsight.calibration import costs
+from expertsteer_nnsight.scoring import costs
 
 class Payload:
     def __call__(self, tracer):

@@ -13,7 +13,10 @@ from lab import BOS, REPOSITORY, SMOL, TINY
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight import Positions, Remote, SteeringPlan, SteeringVector
-from expertsteer_nnsight.calibration import calibrate_many, costs, word_scores
+from expertsteer_nnsight.calibration import calibrate_many
+from expertsteer_nnsight.control_arms import random_plans
+from expertsteer_nnsight.measuring import measure
+from expertsteer_nnsight.scoring import costs, word_scores
 
 PROMPTS = ["The capital of France is", "My favourite food is a big plate of", "Once upon a time"]
 TEXTS = es.example("general")[:60]
@@ -229,18 +232,22 @@ def test_costs_effects_and_calibration_are_the_local_ones(models):
     assert torch.allclose(a, b, atol=1e-3)
     a, b = calibrate_many(far, arms, neutral, remote=True), calibrate_many(near, arms, neutral)
     assert torch.allclose(a.strength, b.strength, rtol=1e-3) and bool(a.met.all())
+    a, b = es.calibrate(arms, far, neutral, rollout=4, remote=True), es.calibrate(arms, near, neutral, rollout=4)
+    assert [p.vectors[0].strength for p in a] == pytest.approx([p.vectors[0].strength for p in b], rel=1e-3)
+    items = es.Choices([(p, " great", " awful") for p in prompts])
+    assert torch.allclose(items.score(far, a, remote=True), items.score(near, b), atol=1e-3)
 
 
 def test_a_receipt_is_the_local_one(models, lean):
     lean(True)
     far, near = models(SMOL)
     data = es.example("sentiment_probe")
-    probe = es.Probe(
-        data["test_prompts"][:2], data["positive_words"], data["negative_words"], data["neutral_texts"][:1]
-    )
+    words = es.Words(data["test_prompts"][:2], data["positive_words"], data["negative_words"])
     plan = SteeringPlan([vector(near, 14, 0.3)])
-    arms = {"plan": plan, "random": es.random_plans(plan, 2)}
-    a, b = es.measure(far, arms, probe, remote=True, progress=False), es.measure(near, arms, probe, progress=False)
+    arms, neutral = {"plan": plan, "random": random_plans(plan, 2)}, data["neutral_texts"][:1]
+    settings = {"rollout": 4, "progress": False}
+    a = measure(far, arms, words, neutral, remote=True, **settings)
+    b = measure(near, arms, words, neutral, **settings)
     for name in arms:
         assert a.arms[name]["effect"] == pytest.approx(b.arms[name]["effect"], abs=1e-2)
 

@@ -1,0 +1,41 @@
+"""python -m evidence --data FOLDER: runs what is missing of the study, and prints its tables."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from evidence.concepts import REPORTING, TUNING, Data
+from evidence.models import PAIRS
+from evidence.report import Table, summary
+from evidence.study import run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="folder of the data sets; left out, they are fetched")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/evidence"), help="results and states (default: %(default)s)"
+    )
+    parser.add_argument("--pairs", nargs="*", choices=list(PAIRS), default=list(PAIRS), help="models (default: all)")
+    parser.add_argument("--concepts", nargs="*", choices=[*TUNING, *REPORTING], default=[*TUNING, *REPORTING])
+    parser.add_argument("--anchors", type=int, default=2000, help="generic texts (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=20, help="of permuted and random arms (default: %(default)s)")
+    parser.add_argument("--only-base", action="store_true", help="vary no factor")
+    args = parser.parse_args(argv)
+    results = run(
+        Data(args.data),
+        args.out,
+        args.pairs,
+        args.concepts,
+        factors=not args.only_base,
+        anchors=args.anchors,
+        draws=args.draws,
+    )
+    print(summary(Table(results.lines)))
+
+
+if __name__ == "__main__":
+    main()

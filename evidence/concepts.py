@@ -1,0 +1,212 @@
+"""The study's concepts and anchors, read from public data that stay outside of the project.
+
+Every text of a concept lands in one of four places, by the hash of the text and never in two: labelled pairs (fits), validation
+items (choices), test items (what is reported), and unlabelled in-domain texts.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import expertsteer_nnsight as es
+
+SOURCES: dict[str, list[str]] = json.loads((Path(__file__).parent / "sources.json").read_text())
+# chosen before any was measured: settings are tuned on the first, figures are reported on the second
+TUNING = ("sentiment", "agreeableness", "truth", "survival")
+REPORTING = ("happiness", "anger", "conscientiousness", "risk", "finance", "coordination", "power")
+LABELLED, VALIDATION, TEST = 100, 24, 64
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One concept.
+
+    Attributes:
+        name: what it is called.
+        pairs: labelled (positive, negative) texts.
+        validation, test: items (prompt, positive continuation, negative continuation); statements have an empty prompt.
+        in_domain: unlabelled texts of the same kind.
+        instruction: what a prompt would say to the same end, and to the opposite one.
+    """
+
+    name: str
+    pairs: list[tuple[str, str]]
+    validation: list[tuple[str, str, str]]
+    test: list[tuple[str, str, str]]
+    in_domain: list[str]
+    instruction: tuple[str, str]
+
+
+class Data:
+    """Files of `SOURCES` from a folder, or fetched; each is compared with its hash.
+
+    Args:
+        folder: where the files lie, by the names in `sources.json`; None fetches them from the commits named there.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def read(self, name: str) -> str:
+        """Content of a file.
+
+        Raises:
+            FileNotFoundError: the folder lacks it.
+            ValueError: it is not the pinned version.
+        """
+        repository, commit, path, digest = SOURCES[name]
+        if self.folder is None:
+            from datasets import DownloadManager
+
+            local = Path(
+                str(DownloadManager().download(f"https://raw.githubusercontent.com/{repository}/{commit}/{path}"))
+            )
+        else:
+            local = self.folder / name
+            if not local.exists():
+                raise FileNotFoundError(f"{name} is not in {self.folder}: leave --data out to fetch it.")
+        content = local.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"{name} is not the version of commit {commit[:12]} of {repository}.")
+        return content.decode("latin-1" if name.endswith(".txt") else "utf-8")
+
+    def json(self, name: str) -> Any:
+        """Content of a JSON file, or of a file of JSON lines as a list."""
+        text = self.read(name)
+        return [json.loads(line) for line in text.splitlines() if line] if name.endswith("l") else json.loads(text)
+
+
+def _order(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sorted(texts: Any) -> list[str]:
+    """Distinct texts in an order that has nothing to do with the file's."""
+    return sorted({t.strip() for t in texts if t.strip()}, key=_order)
+
+
+def _sentence(text: str) -> str:
+    text = text.strip().rstrip(",;")
+    return text if text[-1] in ".!?\"'" else text + "."
+
+
+def _statements(name: str, positive: Any, negative: Any, more: Any, instruction: tuple[str, str]) -> Concept:
+    up, down = _sorted(positive), _sorted(negative)
+    both = set(up) & set(down)
+    up, down = [t for t in up if t not in both], [t for t in down if t not in both]
+    return _concept(name, list(zip(up, down, strict=False)), [("", a, b) for a, b in zip(up, down, strict=False)],
+                    [*up, *down, *more], instruction)  # fmt: skip
+
+
+def _concept(
+    name: str,
+    pairs: list[tuple[str, str]],
+    items: list[tuple[str, str, str]],
+    texts: list[str],
+    instruction: tuple[str, str],
+) -> Concept:
+    """The first of `pairs` and `items` (which go together) to the test, the next to validation, then the labelled ones."""
+    labelled = min(LABELLED, len(pairs) - TEST - VALIDATION)
+    ends = [TEST, TEST + VALIDATION, TEST + VALIDATION + labelled]
+    used = {text for pair in pairs[: ends[2]] for text in pair}
+    rest = _sorted(text for text in texts if text not in used)
+    return Concept(name, pairs[ends[1] : ends[2]], items[ends[0] : ends[1]], items[: ends[0]], rest, instruction)
+
+
+def _persona(data: Data, file: str, name: str, instruction: tuple[str, str]) -> Concept:
+    rows = data.json(f"anthropic_evals/persona/{file}.jsonl")
+    sides: dict[str, list[str]] = {" Yes": [], " No": []}
+    for row in rows:
+        sides[row["answer_matching_behavior"]].append(_sentence(row["statement"]))
+    return _statements(name, sides[" Yes"], sides[" No"], [], instruction)
+
+
+def _options(data: Data, file: str, name: str, instruction: tuple[str, str]) -> Concept:
+    """Questions with two options; their texts are compared, not their letters, which small models do not tell apart."""
+    found: dict[str, tuple[str, str]] = {}
+    for row in data.json(f"anthropic_evals/advanced-ai-risk/human_generated_evals/{file}.jsonl"):
+        stem, _, listed = row["question"].removeprefix("Question: ").partition("\n\nChoices:\n")
+        options = dict(re.findall(r"\((\w)\) (.*)", listed.replace("\n\nAnswer:", "")))
+        up, down = (
+            options.get(row[f"answer_{side}_behavior"].strip(" ()"), "") for side in ("matching", "not_matching")
+        )
+        if len(options) == 2 and up.strip() and down.strip() and len(stem.split()) <= 60:
+            found[stem.strip()] = (_sentence(up), _sentence(down))
+    stems = _sorted(found)
+    pairs = [(f"{s} {found[s][0]}", f"{s} {found[s][1]}") for s in stems]
+    items = [(s, " " + found[s][0], " " + found[s][1]) for s in stems]
+    return _concept(name, pairs, items, [text for pair in pairs for text in pair], instruction)
+
+
+def _finance(data: Data) -> Concept:
+    rows = [
+        line.rsplit("@", 1) for line in data.read("financial_phrasebank/Sentences_75Agree.txt").splitlines() if line
+    ]
+    by = {
+        label: [text for text, mine in rows if mine.strip() == label] for label in ("positive", "negative", "neutral")
+    }
+    told = ("Write about good financial news.", "Write about bad financial news.")
+    return _statements("finance", by["positive"], by["negative"], by["neutral"], told)
+
+
+def _truth(data: Data) -> Concept:
+    rows = list(csv.DictReader(io.StringIO(data.read("repe/facts_true_false.csv"))))
+    sides = [[row["statement"] for row in rows if row["label"] == label] for label in ("1", "0")]
+    return _statements("truth", sides[0], sides[1], [], ("State a true fact.", "State something false."))
+
+
+def _sentiment() -> Concept:
+    texts = list(es.example("sentiment_pairs"))
+    told = ("Write about something that you liked.", "Write about something that you did not like.")
+    return _statements(
+        "sentiment", [a for a, _ in texts], [b for _, b in texts], es.example("sentiment_in_domain"), told
+    )
+
+
+def concept(name: str, data: Data) -> Concept:
+    """A concept by its name in `TUNING` or `REPORTING`."""
+    if name == "sentiment":
+        return _sentiment()
+    if name == "truth":
+        return _truth(data)
+    if name == "finance":
+        return _finance(data)
+    if name in ("happiness", "anger"):
+        feelings = {f: data.json(f"repe/{f}.json") for f in ("happiness", "sadness", "anger")}
+        other = {"happiness": "sadness", "anger": "happiness"}[name]
+        third = next(f for f in feelings if f not in (name, other))
+        more = [*feelings[third], *data.json("repe/happiness_sadness.json")]
+        told = tuple(f"Describe something that brings {feeling}." for feeling in (name, other))
+        return _statements(name, feelings[name], feelings[other], more, (told[0], told[1]))
+    if name in ("agreeableness", "conscientiousness", "risk"):
+        file = {"risk": "risk-seeking"}.get(name, name)
+        trait = {"risk": "seeks risks", "agreeableness": "is agreeable", "conscientiousness": "is conscientious"}[name]
+        told = f"Speak as someone who {trait}.", f"Speak as someone who never {trait.replace('is ', 'is at all ')}."
+        return _persona(data, file, name, told)
+    file = {
+        "survival": "survival-instinct",
+        "coordination": "coordinate-other-ais",
+        "power": "power-seeking-inclination",
+    }
+    aim = {"survival": "wants to stay switched on", "coordination": "sides with other AIs", "power": "wants power"}[
+        name
+    ]
+    return _options(data, file[name], name, (f"You are an AI that {aim}.", f"You are an AI that by no means {aim}."))
+
+
+def generic(data: Data, n: int = 2000) -> list[str]:
+    """Sentences about anything, from five sets of everyday and school questions, mixed."""
+    found = []
+    for name in SOURCES:
+        if name.startswith("commonsense_mc/"):
+            for row in data.json(name):
+                text = re.split(r"\n\n(?:Answer|Solution|Option)1", row["instruction"].split(": ", 1)[1])[0]
+                found += re.split(r"(?<=[.?!]) +", " ".join(text.split()))
+    return _sorted(t for t in found if 4 <= len(t.split()) <= 30 and "_" not in t and t[-1] in ".?!")[:n]

