@@ -24,7 +24,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--anchors", type=int, default=2000, help="generic texts (default: %(default)s)")
     parser.add_argument("--draws", type=int, default=20, help="of permuted and random arms (default: %(default)s)")
     parser.add_argument("--only-base", action="store_true", help="vary no factor")
+    parser.add_argument(
+        "--slice", action="store_true", help="the project's own concept and texts, the first pair, no factors"
+    )
     args = parser.parse_args(argv)
+    if args.slice:
+        args.concepts, args.pairs, args.only_base = ["sentiment"], ["gemma-smol"], True
     results = run(
         Data(args.data),
         args.out,
@@ -33,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         factors=not args.only_base,
         anchors=args.anchors,
         draws=args.draws,
+        own=args.slice,
     )
     print(summary(Table(results.lines)))
 

@@ -1,6 +1,7 @@
 """The study: one factor at a time from a base setting, every arm at equal KL on held-out items.
 
     python -m evidence --data FOLDER          # everything; interrupted, the same command goes on
+    python -m evidence --slice                # the project's own concept alone, without a data set
 
 Each arm is one line of runs/evidence/results.jsonl, with the effect on every item, so that tables and figures can be drawn
 again without a model. No text of a data set is written.
@@ -16,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
 from evidence.concepts import Concept, Data, concept, generic
 from evidence.models import PAIRS, States, model
+from expertsteer_nnsight.activations import Activations
 from expertsteer_nnsight.alignment import IdentityAligner, ProcrustesAligner
 from expertsteer_nnsight.calibration import calibrate_many, neutral_tokens, with_total
 from expertsteer_nnsight.control_arms import control_arms
@@ -43,31 +44,6 @@ LAYERS = {
     "highest_mi": {"score": "gaussian_mi"},
     "highest_cka": {"score": "cka"},
 }
-
-
-class Rows(Mapping):
-    """Some rows of states, or the rows of several one after another; what `fit_activations` asks of anchors."""
-
-    def __init__(self, parts: list[Any], rows: Any = slice(None)) -> None:
-        self.parts, self.rows, self.model = parts, rows, parts[0].model
-
-    def __getitem__(self, layer: int) -> Tensor:
-        return torch.cat([part[layer] for part in self.parts])[self.rows]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.parts[0])
-
-    def __len__(self) -> int:
-        return len(self.parts[0])
-
-    @property
-    def n_layers(self) -> int:
-        """How many decoder layers the model has."""
-        return self.parts[0].n_layers
-
-    def norm(self, layer: int) -> float:
-        """The first part's: strengths of all arms are told in the same unit."""
-        return self.parts[0].norm(layer)
 
 
 @dataclass(frozen=True)
@@ -109,6 +85,7 @@ class Cell:
     states: States
     untrained: tuple[int, ...] = UNTRAINED
     neutral: Any = field(default=None, repr=False)
+    memory: dict[Any, Activations] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.expert, self.target = PAIRS[self.pair]
@@ -117,13 +94,23 @@ class Cell:
         self.groups = [i for i in range(len(self.concept.pairs)) for _ in range(2)]
         self.kinds = {"generic": self.anchors, "in_domain": self.concept.in_domain[:1000]}
 
-    def labelled(self, who: str) -> Any:
+    def labelled(self, who: str) -> Activations:
         """States of the labelled texts."""
-        return self.states(who, self.texts)
+        return self._kept(("labelled", who), lambda: self.states(who, self.texts).take(slice(None)))
 
-    def read(self, who: str, kind: str = "generic", rows: Any = slice(None)) -> Any:
-        """States of anchors; `kind` is a key of `kinds` or both with a plus between."""
-        return Rows([self.states(who, self.kinds[k]) for k in kind.split("+")], rows)
+    def read(self, who: str, kind: str = "generic", rows: Any = slice(None)) -> Activations:
+        """States of anchors; `kind` is a key of `kinds` or several with a plus between."""
+
+        def joined() -> Activations:
+            return Activations.joined([self.states(who, self.kinds[k]) for k in kind.split("+")])
+
+        found = self._kept((kind, who), joined)
+        return found if rows == slice(None) else found.take(rows)
+
+    def _kept(self, key: tuple[str, str], read: Callable[[], Activations]) -> Activations:
+        if key not in self.memory:
+            self.memory[key] = read()
+        return self.memory[key]
 
     def fit(
         self, steer: es.ExpertSteer, who: str, kind: str = "generic", rows: Any = slice(None), pairs: Any = None,
@@ -132,9 +119,12 @@ class Cell:
         """A plan from the states of `who`, with the first of the labelled pairs or other labels."""
         keep = slice(None) if pairs is None else slice(2 * pairs)
         given = self.labels if labels is None else labels
-        x = {layer: states[keep] for layer, states in self.labelled(who).items()}
         return steer.fit_activations(
-            x, given[keep], self.read(who, kind, rows), self.read(self.target, kind, rows), self.groups[keep]
+            self.labelled(who).take(keep),
+            given[keep],
+            self.read(who, kind, rows),
+            self.read(self.target, kind, rows),
+            self.groups[keep],
         )
 
     # -- arms --------------------------------------------------------------------------------------------------------
@@ -145,7 +135,7 @@ class Cell:
         plan = self.fit(steer, self.expert)
         others = [f"{self.expert}~{seed}" for seed in self.untrained]
         controls = control_arms(
-            steer, self.labelled(self.expert), self.labels, self.read(self.expert), self.read(self.target),  # type: ignore[arg-type]
+            steer, self.labelled(self.expert), self.labels, self.read(self.expert), self.read(self.target),
             groups=self.groups, labelled_target=self.labelled(self.target), draws=draws,
             untrained=[(self.labelled(name), self.read(name)) for name in others], texts=(self.texts, self.anchors),
         )  # fmt: skip
@@ -280,6 +270,7 @@ def run(
     factors: bool = True,
     anchors: int = 2000,
     draws: int = 20,
+    own: bool = False,
 ) -> Results:
     """Runs what is missing. The first pair gets every factor, the others the base with its controls.
 
@@ -291,9 +282,10 @@ def run(
         factors: vary factors on the first pair.
         anchors: how many generic texts.
         draws: of the permuted and random arms.
+        own: take the project's own generic texts, which need no data set.
     """
     results, states = Results(out / "results.jsonl"), States(out / "states")
-    texts = generic(data, anchors)
+    texts = es.example("general")[:anchors] if own else generic(data, anchors)
     work = [(pair, name) for pair in pairs for name in concepts]
     with tqdm(work, desc="study", unit="cell") as bar:
         for pair, name in bar:

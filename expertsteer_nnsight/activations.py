@@ -87,6 +87,34 @@ class Activations(Mapping):
         """Median norm of the residual stream of `layer`, over texts, of each text's median over its own tokens."""
         return float(self._read(f"norm.{self._known(layer)}").median())
 
+    def take(self, rows: Any, layers: Iterable[int] | None = None) -> Activations:
+        """Some of the texts (and layers), in memory.
+
+        Args:
+            rows: a slice, or indices.
+            layers: of those that were collected; all of them if None.
+        """
+        chosen = tuple(sorted({self._known(i) for i in (self.layers if layers is None else layers)}))
+        memory = {f"{kind}.{i}": self._read(f"{kind}.{i}")[rows] for i in chosen for kind in ("layer", "norm")}
+        n = len(memory[f"norm.{chosen[0]}"])
+        return Activations(self.model, chosen, n, self.position, None, memory)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Activations]) -> Activations:
+        """The texts of several, one after another, in memory; the layers that all have.
+
+        Raises:
+            ValueError: no parts, no layer in all of them, or other models or positions.
+        """
+        if not parts or any(p.model != parts[0].model or p.position != parts[0].position for p in parts):
+            raise ValueError("Only states of one model at one position can be joined.")
+        chosen = tuple(sorted(set.intersection(*(set(p.layers) for p in parts))))
+        if not chosen:
+            raise ValueError("The states to be joined have no layer in common.")
+        keys = [f"{kind}.{i}" for i in chosen for kind in ("layer", "norm")]
+        memory = {key: torch.cat([p._read(key) for p in parts]) for key in keys}
+        return cls(parts[0].model, chosen, sum(p.n_texts for p in parts), parts[0].position, None, memory)
+
     def __repr__(self) -> str:
         where = "in memory" if self.shards is None else f"in {self.shards}"
         layers = f"{self.layers[0]}..{self.layers[-1]}" if len(self.layers) > 2 else ", ".join(map(str, self.layers))

@@ -18,7 +18,7 @@ import torch
 from tiny import ARCHITECTURES, PROMPTS, build, hooks, tiny
 from torch import Tensor
 
-from expertsteer_nnsight.activations import collect
+from expertsteer_nnsight.activations import Activations, collect
 from expertsteer_nnsight.residual import Residual
 
 TEXTS = [
@@ -289,7 +289,7 @@ import torch
 torch.set_num_threads(1)
 from tiny import build
 from test_activations import TEXTS, blocks
-from expertsteer_nnsight.activations import collect
+from expertsteer_nnsight.activations import Activations, collect
 model = build(seed=5)
 blocks(model)[0].register_forward_pre_hook(lambda *_: time.sleep(0.5))
 collect(model, TEXTS, cache=sys.argv[1], shard_size=2, batch_size=2, progress=False)
@@ -407,3 +407,19 @@ def test_memory_does_not_grow_with_the_texts_where_there_is_a_cache(tmp_path):
     few_cached, few, many_cached, many = peaks
     assert many_cached - few_cached < 32  # numbers, not bytes: less than one state
     assert many - few > 40 * 32 * 4  # the measure sees what is kept in memory
+
+
+def test_states_are_cut_and_joined(tmp_path):
+    model = tiny("llama")
+    a = collect(model, ["a dog", "the test"], cache=tmp_path, progress=False)
+    b = collect(model, ["hello", "this", "world"], layers=[1, 2], progress=False)
+    both = Activations.joined([a, b])
+    assert both.layers == (1, 2) and both.n_texts == 5 and both.shards is None
+    assert torch.equal(both[1], torch.cat([a[1], b[1]]))
+    some = both.take([4, 0], layers=[2])
+    assert torch.equal(some[2], torch.stack([b[2][2], a[2][0]])) and some.layers == (2,)
+    assert some.norm(2) == float(torch.tensor([b._read("norm.2")[2], a._read("norm.2")[0]]).median())
+    with pytest.raises(ValueError, match="one model"):
+        Activations.joined([a, collect(tiny("gpt2"), ["a"], progress=False)])
+    with pytest.raises(ValueError, match="no layer in common"):
+        Activations.joined([b, collect(model, ["a"], layers=[0], progress=False)])

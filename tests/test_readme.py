@@ -21,6 +21,7 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
         '"HuggingFaceTB/SmolLM2-135M-Instruct"': repr(str(model_path("SmolLM2-135M-Instruct"))),
         'anchors=es.example("general")': 'anchors=es.example("general")[:200]',
     }
+    changes["print(receipt)"] = 'assert receipt.arms["untrained"]["draws"] == 2; print(receipt)'
     for old, new in changes.items():
         assert old in code
         code = code.replace(old, new)
@@ -29,4 +30,6 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     found = runpy.run_path(str(tmp_path / "readme.py"))
     assert found["plan"].layers and found["by_hand"].layers == (14,)
     assert found["ids"].shape[1] > 20 and found["scores"].null.shape[0] == 20
-    assert "SteeringPlan for SmolLM2-135M-Instruct" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "SteeringPlan for SmolLM2-135M-Instruct" in out and "1.0 0.5" in out and "untested: no receipt" in out
+    assert found["receipt"].contributed is not None and (tmp_path / "plan.safetensors").exists()
