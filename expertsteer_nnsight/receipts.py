@@ -78,9 +78,9 @@ class Receipt:
     def contributed(self) -> bool | None:
         """Whether the expert contributed to the arm `expert`; None where no untrained control was measured.
 
-        It did if the effect is above zero, above the 95th percentile of |effect| of random and permuted draws, and above what
-        another untrained expert would reach with 95 % confidence (a prediction interval over the untrained seeds, or with one
-        seed the interval of the paired difference).
+        It did if the effect is above zero, above what another untrained expert would reach (the upper end of a one-sided 95 %
+        prediction interval over the untrained seeds; with one seed, the paired difference must be above zero), above that of text
+        features (paired), and above the 95th percentile of |effect| of random and permuted draws.
         """
         if "expert" not in self.arms or "untrained" not in self.arms:
             return None
@@ -89,17 +89,19 @@ class Receipt:
     @property
     def bar(self) -> float:
         """The effect that `contributed` asks for."""
-        expert, untrained = self.arms["expert"], self.arms["untrained"]
-        seeds = untrained["effects"]
+        expert, seeds = self.arms["expert"], self.arms["untrained"]["effects"]
+        levels = [self.arms[name]["effect"] for name in NULLS if name in self.arms]
+        paired = ["text_features"] if len(seeds) > 1 else ["text_features", "untrained"]
+        for name in paired:
+            if name in self.arms:
+                _, low, _ = interval(np.array(expert["items"]) - np.array(self.arms[name]["items"]))
+                levels.append(expert["effect"] - low)
         if len(seeds) > 1:
             from scipy.stats import t
 
             spread = statistics.stdev(seeds) * math.sqrt(1 + 1 / len(seeds))
-            level = statistics.fmean(seeds) + float(t.ppf(CONFIDENCE, len(seeds) - 1)) * spread
-        else:
-            _, low, _ = interval(np.array(expert["items"]) - np.array(untrained["items"]))
-            level = expert["effect"] - low
-        return max([level, *(self.arms[name]["effect"] for name in NULLS if name in self.arms)])
+            levels.append(statistics.fmean(seeds) + float(t.ppf(CONFIDENCE, len(seeds) - 1)) * spread)
+        return max(levels)
 
     @property
     def verdict(self) -> str:
@@ -111,7 +113,8 @@ class Receipt:
         if "expert" in self.shares:
             told += f", {_share(self.shares['expert'])} of native"
         if self.contributed is None:
-            return f"{told}; no untrained expert was measured, so it does not say what the expert contributed."
+            unknown = "no untrained expert was measured, so it does not say what the expert contributed"
+            return "; ".join([told, unknown, *self.notes]) + "."
         beyond = expert["effect"] - self.arms["untrained"]["effect"]
         share = f", {_share(self.shares['beyond_untrained'])} of native" if "beyond_untrained" in self.shares else ""
         if self.contributed:

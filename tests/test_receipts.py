@@ -146,11 +146,21 @@ def test_one_untrained_seed_is_compared_on_the_same_items():
     assert found.contributed is False
 
 
+def test_what_text_features_reach_is_not_the_experts():
+    model = tiny("llama")
+    one = useful(model)
+    controls = {"untrained": random_plans(one, 3, 5), "text_features": useful(model), "random": random_plans(one, 3)}
+    found = receipt(one, model, WORDS, PROMPTS, controls, kl_budget=0.05, doses=(), rollout_tokens=0, **QUICK)
+    assert found.contributed is False
+    without = Receipt({k: v for k, v in found.arms.items() if k != "text_features"}, found.unsteered, 0.05, "nats")
+    assert without.contributed is True
+
+
 def test_anchors_that_are_labelled_texts_are_noted():
     model, one = tiny("llama"), useful(tiny("llama"))
     one = SteeringPlan(one.vectors, one.target, {"data": {"anchors_labelled": 7}})
     found = receipt(one, model, WORDS, PROMPTS, draws=2, kl_budget=0.05, doses=(), rollout_tokens=0, **QUICK)
-    assert "7 of the anchors are labelled texts" in found.verdict or found.notes
+    assert "7 of the anchors are labelled texts" in found.verdict
 
 
 def test_the_same_seed_gives_the_same_receipt():
