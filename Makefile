@@ -7,7 +7,7 @@ export EXPERTSTEER_CACHE ?= $(HOME)/.cache/expertsteer_nnsight
 NDIF := build/ndif
 NDIF_SERVER := $(NDIF)/server/bin/python
 
-.PHONY: demo test fast lint models benchmark ndif ndif-client ndif-setup clean
+.PHONY: demo test fast lint models benchmark evidence ndif ndif-client ndif-setup clean
 
 demo: models
 	$(BIN)/python -m recipes.demo $(ARGS)
@@ -29,6 +29,10 @@ models: $(VENV)/.ready
 
 benchmark: models
 	$(BIN)/python -m benchmarks.ratios $(ARGS)
+
+# the study over concepts: hours; `make evidence ARGS="--data FOLDER"`, and again to go on
+evidence: models
+	$(BIN)/python -m evidence $(ARGS)
 
 # torch first and alone: asked for within a range, pip would take a newer build with gigabytes of CUDA packages
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -42,7 +42,7 @@ class States:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, name: str, texts: list[Any], position: Any = "last", layers: Any = None) -> Activations:
-        """States of every layer (or of `layers`) at one position."""
-        where = self.folder / f"{name}-{texts_hash(texts)}-{position}"
-        return es.collect(model(name), texts, layers, position, cache=where, progress=False)
+    def __call__(self, name: str, texts: list[Any], ends: Any = None) -> Activations:
+        """Last-token states of every layer, and those at `ends` within the texts."""
+        key = texts_hash([*texts, *map(str, ends or ())])
+        return es.collect(model(name), texts, ends=ends, cache=self.folder / f"{name}-{key}", progress=False)

@@ -27,8 +27,11 @@ from expertsteer_nnsight.activations import Activations
 from expertsteer_nnsight.alignment import IdentityAligner, ProcrustesAligner
 from expertsteer_nnsight.calibration import calibrate_many, neutral_tokens, with_total
 from expertsteer_nnsight.control_arms import control_arms
+from expertsteer_nnsight.positions import prefix_ids
 from expertsteer_nnsight.steering import SteeringPlan
+from expertsteer_nnsight.word_ends import shared_ends
 
+ENDS = 4  # further places of each generic text
 CHUNK = 16  # plans whose results are written at once
 NULL_ITEMS = 32
 UNTRAINED = (1, 2, 3)
@@ -92,20 +95,36 @@ class Cell:
         self.texts = [text for both in self.concept.pairs for text in both]
         self.labels = [1, 0] * len(self.concept.pairs)
         self.groups = [i for i in range(len(self.concept.pairs)) for _ in range(2)]
-        self.kinds = {"generic": self.anchors, "in_domain": self.concept.in_domain[:1000]}
+        known = [(t, len(prefix_ids(t))) for t in (model(name).tokenizer for name in (self.expert, self.target))]
+        ends = shared_ends(self.anchors, known, ENDS)
+        self.prefixes = [
+            t if e is None else t[:e] for t, mine in zip(self.anchors, ends, strict=True) for e in (*mine, None)
+        ]
+        self.kinds = {"generic": (self.anchors, ends), "in_domain": (self.concept.in_domain[:1000], None)}
 
     def labelled(self, who: str) -> Activations:
         """States of the labelled texts."""
         return self._kept(("labelled", who), lambda: self.states(who, self.texts).take(slice(None)))
 
-    def read(self, who: str, kind: str = "generic", rows: Any = slice(None)) -> Activations:
-        """States of anchors; `kind` is a key of `kinds` or several with a plus between."""
+    def read(self, who: str, kind: str = "generic", texts: int | None = None, whole: bool = False) -> Activations:
+        """States of anchors; `kind` is a key of `kinds` or several with a plus between.
+
+        Args:
+            who: a model.
+            kind: which anchors.
+            texts: the first so many.
+            whole: at the texts' ends only.
+        """
 
         def joined() -> Activations:
-            return Activations.joined([self.states(who, self.kinds[k]) for k in kind.split("+")])
+            return Activations.joined([self.states(who, *self.kinds[k]) for k in kind.split("+")])
 
         found = self._kept((kind, who), joined)
-        return found if rows == slice(None) else found.take(rows)
+        found = found.whole if whole else found
+        if texts is None:
+            return found
+        of = found.text_of or range(found.n_texts)
+        return found.take([i for i, text in enumerate(of) if text < texts])
 
     def _kept(self, key: tuple[str, str], read: Callable[[], Activations]) -> Activations:
         if key not in self.memory:
@@ -113,19 +132,13 @@ class Cell:
         return self.memory[key]
 
     def fit(
-        self, steer: es.ExpertSteer, who: str, kind: str = "generic", rows: Any = slice(None), pairs: Any = None,
-        labels: Any = None,
-    ) -> SteeringPlan:  # fmt: skip
-        """A plan from the states of `who`, with the first of the labelled pairs or other labels."""
+        self, steer: es.ExpertSteer, who: str, pairs: int | None = None, labels: Any = None, **anchors: Any
+    ) -> SteeringPlan:
+        """A plan from the states of `who`, with the first of the labelled pairs or other labels; `anchors` as in `read`."""
         keep = slice(None) if pairs is None else slice(2 * pairs)
         given = self.labels if labels is None else labels
-        return steer.fit_activations(
-            self.labelled(who).take(keep),
-            given[keep],
-            self.read(who, kind, rows),
-            self.read(self.target, kind, rows),
-            self.groups[keep],
-        )
+        x, theirs, own = self.labelled(who).take(keep), self.read(who, **anchors), self.read(self.target, **anchors)
+        return steer.fit_activations(x, given[keep], theirs, own, self.groups[keep])
 
     # -- arms --------------------------------------------------------------------------------------------------------
 
@@ -137,7 +150,7 @@ class Cell:
         controls = control_arms(
             steer, self.labelled(self.expert), self.labels, self.read(self.expert), self.read(self.target),
             groups=self.groups, labelled_target=self.labelled(self.target), draws=draws,
-            untrained=[(self.labelled(name), self.read(name)) for name in others], texts=(self.texts, self.anchors),
+            untrained=[(self.labelled(name), self.read(name)) for name in others], texts=(self.texts, self.prefixes),
         )  # fmt: skip
         found = [Arm("base", "recommended", "expert", 0, plan)]
         for who, made in controls.items():
@@ -177,7 +190,8 @@ class Cell:
             yield from both("direction", name, lambda d=name: recommended(direction=d, layers=layers))
             yield Arm("direction", name, "native", 0, self.fit(itself().set_params(direction=name), self.target))
         for n in (50, 200, 500, 1000):
-            yield from both("anchors", n, lambda: recommended(layers=layers), rows=slice(n))
+            yield from both("anchors", n, lambda: recommended(layers=layers), texts=n)
+        yield from both("anchors", "whole texts", lambda: recommended(layers=layers), whole=True)
         for kind in ("in_domain", "generic+in_domain"):
             yield from both("anchors", kind, lambda: recommended(layers=layers), kind=kind)
         for n in (8, 16, 32):

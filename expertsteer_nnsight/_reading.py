@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from .activations import Activations, collect
+from .activations import Activations, collect, tokenizer_of
 from .control_arms import untrained_like
 from .identity import ModelIdentity, fingerprint
 from .labelled import ContrastPairs, LabelledTexts
+from .positions import prefix_ids
 from .texts import as_texts, texts_hash
+from .word_ends import shared_ends
 
 
 class Reading:
@@ -58,6 +60,20 @@ class Reading:
             self.labelled = LabelledTexts(self.texts * 2, labels, groups, "expert_minus_base")
         self.anchors, self.position = as_texts(anchors), steer.position
         self.layers = steer.wanted_layers(expert, ModelIdentity.of(models["target"][0]))
+        known = [(t, len(prefix_ids(t))) for t in (tokenizer_of(models[name][0]) for name in ("expert", "target"))]
+        further = steer.anchor_ends if steer.position == "last" else 0
+        self.ends = shared_ends(self.anchors, known, further, steer.random_state) if further else None
+
+    @property
+    def anchor_texts(self) -> list[Any]:
+        """What was read at each row of the anchors' states."""
+        if self.ends is None:
+            return self.anchors
+        return [
+            t if end is None else t[:end]
+            for t, ends in zip(self.anchors, self.ends, strict=True)
+            for end in (*ends, None)
+        ]
 
     def fit_states(self) -> tuple[Any, ...]:
         """What `fit_activations` takes: labelled states, labels, the expert's anchors and the target's."""
@@ -68,7 +84,7 @@ class Reading:
         """What `control_arms` takes besides. Where a base model is the other class, texts have no labels of their own."""
         own = {"groups": self.labelled.groups}
         if self.models["base"][0] is None:
-            own |= {"labelled_target": self._read("target", "pairs"), "texts": (self.texts, self.anchors)}
+            own |= {"labelled_target": self._read("target", "pairs"), "texts": (self.texts, self.anchor_texts)}
         return own | {"untrained": [self._untrained(n) for n in range(1, untrained + 1)]}
 
     def _untrained(self, seed: int) -> tuple[Any, Activations]:
@@ -91,11 +107,12 @@ class Reading:
         texts = self.anchors if kind == "anchors" else self.texts
         layers = self.layers[name == "target"]
         # the weights as well as the object: another model may lie where one that is gone has lain
-        key = (id(model), fingerprint(model, bool(remote)), texts_hash(texts), tuple(layers), self.position)
+        ends = self.ends if kind == "anchors" else None
+        key = (id(model), fingerprint(model, bool(remote)), texts_hash(texts), tuple(layers), self.position, str(ends))
         if key in self.kept:
             return self.kept[key]
         where = None if self.cache is None else Path(self.cache) / f"{name}-{kind}"
-        found = collect(model, texts, layers, self.position, cache=where, remote=remote, **self.settings)
+        found = collect(model, texts, layers, self.position, cache=where, ends=ends, remote=remote, **self.settings)
         if name in ("expert", "target", "base"):
             self.kept[key] = found
         return found

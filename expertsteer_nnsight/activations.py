@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from .identity import ModelIdentity, fingerprint
 from .positions import affixes
 from .residual import Residual, hidden
 from .texts import Position, as_texts, encode, texts_hash, token_index
+from .word_ends import token_ends
 
 if TYPE_CHECKING:
     from .remote import Remote
@@ -36,12 +38,15 @@ _TOKENS = 1 << 15  # padded tokens of a remote request: what one forward of a sh
 class Activations(Mapping):
     """States of some layers for some texts: `activations[layer]` is `[text, hidden]`, in the order of the texts.
 
+    With `ends`, a text has several rows: one for each place within it, and then that of its own position.
+
     Attributes:
         model: whose states these are.
         layers: the layers that were collected, ascending.
-        n_texts: number of texts.
+        n_texts: number of rows: of texts, where each has one.
         position: the position rule, as it was asked for.
         shards: folder of the shards that back it, or None if all is in memory.
+        text_of: the number of the text that each row belongs to, or None where each text has one row.
     """
 
     model: ModelIdentity
@@ -50,6 +55,7 @@ class Activations(Mapping):
     position: str
     shards: Path | None = None
     _memory: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    text_of: tuple[int, ...] | None = None
 
     @property
     def n_layers(self) -> int:
@@ -97,7 +103,16 @@ class Activations(Mapping):
         chosen = tuple(sorted({self._known(i) for i in (self.layers if layers is None else layers)}))
         memory = {f"{kind}.{i}": self._read(f"{kind}.{i}")[rows] for i in chosen for kind in ("layer", "norm")}
         n = len(memory[f"norm.{chosen[0]}"])
-        return Activations(self.model, chosen, n, self.position, None, memory)
+        of = None if self.text_of is None else tuple(torch.tensor(self.text_of)[rows].tolist())
+        return Activations(self.model, chosen, n, self.position, None, memory, of)
+
+    @property
+    def whole(self) -> Activations:
+        """The row of each text's own position; these states themselves where there is no other."""
+        if self.text_of is None:
+            return self
+        last = [i for i, n in enumerate(self.text_of) if self.text_of[i + 1 : i + 2] != (n,)]
+        return replace(self.take(last), text_of=None)
 
     @classmethod
     def joined(cls, parts: Sequence[Activations]) -> Activations:
@@ -113,7 +128,12 @@ class Activations(Mapping):
             raise ValueError("The states to be joined have no layer in common.")
         keys = [f"{kind}.{i}" for i in chosen for kind in ("layer", "norm")]
         memory = {key: torch.cat([p._read(key) for p in parts]) for key in keys}
-        return cls(parts[0].model, chosen, sum(p.n_texts for p in parts), parts[0].position, None, memory)
+        of: list[int] = []
+        for part in parts:
+            start = of[-1] + 1 if of else 0
+            of += [start + n for n in part.text_of or range(part.n_texts)]
+        several = None if all(part.text_of is None for part in parts) else tuple(of)
+        return cls(parts[0].model, chosen, len(of), parts[0].position, None, memory, several)
 
     def __repr__(self) -> str:
         where = "in memory" if self.shards is None else f"in {self.shards}"
@@ -131,6 +151,7 @@ def collect(
     cache: str | Path | None = None,
     shard_size: int = 256,
     dtype: torch.dtype | None = None,
+    ends: Sequence[Sequence[int]] | None = None,
     remote: bool | str | Remote = False,
     progress: bool = True,
     _until: ExitStack | None = None,
@@ -151,13 +172,15 @@ def collect(
         cache: folder for shards. What an interrupted call finished there is not run again.
         shard_size: texts a shard, at least; a remote request is a shard of its own.
         dtype: of the stored states; the model's own if None. A remote model's are converted before they travel.
+        ends: for each text, character offsets at which a token ends (`word_ends.shared_ends`): further rows, before that of
+            `position`, with the states there.
         remote: True, "http://...", or a `Remote`: run on NDIF. Without `cache` what came back is kept in the user's cache
             folder until the call succeeds, so that a call that failed goes on where it stopped when it is made again.
         progress: show a progress bar; of a remote model, with the job's state.
 
     Raises:
-        ValueError: no texts or layers, a position that some text does not have, or a cache that was made with another
-            model, other texts or other settings.
+        ValueError: no texts or layers, a position or an end that some text does not have, or a cache that was made with
+            another model, other texts or other settings.
         IndexError: a layer that the model does not have.
         RemoteFailure: the host, the key or the model cannot be used, or a job failed.
     """
@@ -171,12 +194,17 @@ def collect(
     tokenizer = tokenizer_of(model)
     known = affixes(tokenizer)
     encoded = [encode(tokenizer, t, known) for t in texts]
-    at = [token_index(position, ids, prefix) for ids, prefix in encoded]
+    at = [[token_index(position, ids, prefix)] for ids, prefix in encoded]
     rule = f"function {texts_hash(map(str, at))}" if callable(position) else str(position)
+    if ends is not None:
+        at = _with_ends(tokenizer, texts, encoded, ends, at)
+    first_row = [0, *accumulate(map(len, at))]
+    n_rows = first_row[-1]
     identity = ModelIdentity.of(model)
     settings = {"model": fingerprint(model, remote=host is not None), "texts": texts_hash(texts),
                 "tokens": texts_hash(map(str, encoded)), "layers": list(chosen), "position": rule,
                 "dtype": str(dtype)}  # fmt: skip
+    settings["ends"] = None if ends is None else texts_hash(str(list(mine)) for mine in ends)
     edited = bool(getattr(model, "_edits", None))
     if cache is not None and edited:
         raise ValueError(
@@ -186,6 +214,7 @@ def collect(
     most, tokens = batch_size or 32, None
     if host is not None:
         bytes_each = len(chosen) * (residual.hidden_size or 4096) * (4 if dtype is None else dtype.itemsize)
+        bytes_each *= max(map(len, at))
         most, tokens = batch_size or max(1, min(100, _INLINE // bytes_each)), None if batch_size else _TOKENS
         shard_size = 1  # every request is kept as it comes
 
@@ -202,21 +231,25 @@ def collect(
         if host is not None and cache is None and not edited:
             # a caller that reads several times deletes them all when it has succeeded
             folder = (_until or own).enter_context(kept_until_done(texts_hash([json.dumps(settings)])))
-        done = set() if folder is None else open_cache(folder, settings)
+        stored = set() if folder is None else open_cache(folder, settings)
+        done = {i for i, row in enumerate(first_row[:-1]) if row in stored}  # the rows of a text are in one shard
         kept = len(done)
         todo = sorted(set(range(len(texts))) - done, key=lambda i: (lengths[i], i))
         label = f"states of {identity.name or identity.kind}"
         with tqdm(total=len(texts), initial=kept, desc=label, unit="text", disable=not progress) as bar:
             unsaved: list[dict[str, Tensor]] = []
+            count = 0
             for batch in _cut(todo, most, lengths, tokens):
-                unsaved.append({**read(batch, bar), "index": torch.tensor(batch)})
+                rows = [row for i in batch for row in range(first_row[i], first_row[i + 1])]
+                unsaved.append({**read(batch, bar), "index": torch.tensor(rows)})
                 bar.update(len(batch))
-                count = sum(len(part["index"]) for part in unsaved)
+                count += len(batch)
                 if folder is not None and (count >= shard_size or batch[-1] == todo[-1]):
                     write_shard(folder, joined(unsaved))
-                    kept, unsaved = kept + count, []
+                    kept, count, unsaved = kept + count, 0, []
             bar.set_postfix_str("")
-        found = Activations(identity, chosen, len(texts), rule, folder)
+        of = None if ends is None else tuple(i for i, columns in enumerate(at) for _ in columns)
+        found = Activations(identity, chosen, n_rows, rule, folder, text_of=of)
         if cache is not None:
             return found
         if folder is not None:
@@ -225,7 +258,25 @@ def collect(
             memory = joined(unsaved)
             back = memory.pop("index").argsort()
             memory = {key: value[back] for key, value in memory.items()}
-    return Activations(identity, chosen, len(texts), rule, None, memory)
+    return Activations(identity, chosen, n_rows, rule, None, memory, of)
+
+
+def _with_ends(
+    tokenizer: Any, texts: Any, encoded: Any, ends: Any, at: list[list[int | None]]
+) -> list[list[int | None]]:
+    """The columns of each text's ends, before that of its position."""
+    if len(ends) != len(texts):
+        raise ValueError(f"Ends are given for {len(ends)} texts, but there are {len(texts)}.")
+    if any(column is None for columns in at for column in columns):
+        raise ValueError('Ends go with a position of one token, not with "mean".')
+    found = []
+    for text, (_, prefix), mine, columns in zip(texts, encoded, ends, at, strict=True):
+        known = token_ends(tokenizer, text, prefix) if len(mine) else {}
+        missing = [end for end in mine if end not in known]
+        if missing:
+            raise ValueError(f"No token of this model ends at character {missing[0]} of {text!r:.60}.")
+        found.append([*(known[end] for end in mine), *columns])
+    return found
 
 
 def host_of(remote: bool | str | Remote) -> Remote | None:
@@ -278,8 +329,9 @@ def _forward(
     own = torch.stack(
         [((torch.arange(width) >= prefix) & (torch.arange(width) < len(ids))) for ids, prefix, _ in batch]
     )
-    column = torch.tensor([0 if at is None else at for _, _, at in batch])
-    mean = batch[0][2] is None
+    column = torch.tensor([at or 0 for *_, columns in batch for at in columns])
+    row = torch.tensor([n for n, (*_, columns) in enumerate(batch) for _ in columns])
+    mean = batch[0][2][0] is None
     bridge = type(model._module).__name__ == "TransformerBridge"
     call = (ids,) if bridge else ()
     extra = {} if bridge else {"input_ids": ids, "attention_mask": mask, "use_cache": False}
@@ -289,7 +341,7 @@ def _forward(
     with torch.no_grad(), model.trace(*call, **extra) as tracer:
         states, norms = [], []
         for block in blocks:
-            state, norm = pick(hidden(block.output), own, column, mean)
+            state, norm = pick(hidden(block.output), own, row, column, mean)
             # one tensor for all layers, which may lie on several devices: half the bytes of a result would be headers
             states.append((state if dtype is None else state.to(dtype)).cpu())
             norms.append(norm.cpu())
@@ -300,12 +352,12 @@ def _forward(
     return found | {f"norm.{i}": n for i, n in zip(layers, sizes, strict=True)}
 
 
-def pick(h: Tensor, own: Tensor, column: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
-    """From one layer's `[row, position, hidden]`: the kept state `[row, hidden]`, and the median norm of each row's tokens.
+def pick(h: Tensor, own: Tensor, row: Tensor, column: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
+    """From one layer's `[text, position, hidden]`: the kept states `[row, hidden]`, and the median norm of each text's tokens.
 
     Runs inside the trace, on a server too. Sums are taken in float32 or wider.
     """
-    own, column = own.to(h.device), column.to(h.device)
+    own, row, column = own.to(h.device), row.to(h.device), column.to(h.device)
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     norms = wide.norm(dim=-1).masked_fill(~own, float("nan")).nanmedian(dim=1).values
     if mean:
@@ -313,4 +365,4 @@ def pick(h: Tensor, own: Tensor, column: Tensor, mean: bool) -> tuple[Tensor, Te
         # no product of matrices: a server's autocast would round it, and it has no einops
         return (wide * weight[..., None]).sum(1).to(h.dtype), norms
     # a copy: a view would keep the whole layer alive
-    return h[torch.arange(len(h), device=h.device), column].clone(), norms
+    return h[row, column].clone(), norms[row]

@@ -57,6 +57,8 @@ class ExpertSteer(BaseEstimator):
         kind: "gradient" or "pattern" for methods that find a covector; None for their own.
         space: "expert": find the direction in the expert's states, then map it; "target": map the states, then find it.
         position: which token's state stands for a text.
+        anchor_ends: at how many further places of each anchor both models are read, for the map (`word_ends`); with
+            `position="last"` only. Layers are matched on whole texts.
         strength: total strength in residual norms; each of k layers gets strength / sqrt(k).
         op: what the vectors do (`SteeringVector`).
         where: which positions they steer.
@@ -86,6 +88,7 @@ class ExpertSteer(BaseEstimator):
         kind: Literal["gradient", "pattern"] | None = None,
         space: str = "expert",
         position: Position = "last",
+        anchor_ends: int = 0,
         strength: float = 0.3,
         op: str = "add",
         where: str = "all",
@@ -103,6 +106,7 @@ class ExpertSteer(BaseEstimator):
         self.kind: Any = kind
         self.space = space
         self.position = position
+        self.anchor_ends = anchor_ends
         self.strength = strength
         self.op = op
         self.where = where
@@ -315,9 +319,8 @@ class ExpertSteer(BaseEstimator):
                 e, t, _ = missing[0]
                 raise ValueError(f"The layer pair ({e}, {t}) was asked for, but there are no states of one of them.")
         else:
-            self.scores_ = match_layers(
-                expert_anchors, target_anchors, self.score, self.permutations, self.random_state
-            )
+            whole = [getattr(anchors, "whole", anchors) for anchors in (expert_anchors, target_anchors)]
+            self.scores_ = match_layers(whole[0], whole[1], self.score, self.permutations, self.random_state)
             if self.select == "sweep":
                 if validate is None:
                     raise ValueError('select="sweep" needs fit(validation=Validation(effect, neutral)).')
@@ -336,7 +339,7 @@ class ExpertSteer(BaseEstimator):
             aligner: Any = clone(self.aligner if self.aligner is not None else RidgeAligner())
             if "random_state" in aligner.get_params():
                 aligner.set_params(random_state=self.random_state)
-            r2 = _held_out_r2(aligner, anchors, y, self.random_state)
+            r2 = _held_out_r2(aligner, anchors, y, getattr(target_anchors, "text_of", None), self.random_state)
             aligner.fit(anchors, y)
             x = labelled[pair.expert]
             x = aligner.transform(x) if self.space == "target" else x
@@ -372,11 +375,13 @@ def _plain(value: Any) -> Any:
     return getattr(value, "__name__", "function") if callable(value) else str(value)
 
 
-def _held_out_r2(aligner: Any, x: Tensor, y: Tensor, random_state: int) -> float | None:
-    """R² on a tenth of the anchors of a map fitted on the others; None for too few to tell."""
+def _held_out_r2(aligner: Any, x: Tensor, y: Tensor, text_of: Any, random_state: int) -> float | None:
+    """R² on the rows of a tenth of the anchors of a map fitted on the others; None for too few to tell."""
     if len(x) < 20:
         return None
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(random_state))
-    test, train = order[: len(x) // 10], order[len(x) // 10 :]
+    text = torch.arange(len(x)) if text_of is None else torch.tensor(text_of)
+    n = int(text.max()) + 1
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(random_state))
+    test = torch.isin(text, order[: n // 10])
     probe: Any = clone(aligner)
-    return probe.fit(x[train], y[train]).score(x[test], y[test])
+    return probe.fit(x[~test], y[~test]).score(x[test], y[test])

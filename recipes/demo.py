@@ -18,8 +18,6 @@ from typing import Any
 from nnsight.modeling.transformers import TransformersModel
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.control_arms import control_arms
-from expertsteer_nnsight.identity import ModelIdentity, fingerprint
 from expertsteer_nnsight.labelled import check_disjoint
 from expertsteer_nnsight.packaged_models import model_path
 from expertsteer_nnsight.plotting import figure, plot_doses, plot_layer_scores, plot_receipt
@@ -31,42 +29,24 @@ def load(name: str) -> TransformersModel:
     return TransformersModel(name, task="text-generation", dispatch=True)
 
 
-def read_states(
-    models: dict[str, Any], texts: dict[str, Any], layers: dict[str, Any], folder: Path
-) -> dict[tuple[str, str], Any]:
-    """States of every model for every set of texts that it needs."""
-    found = {}
-    for name, model in models.items():
-        for kind, content in texts.items():
-            found[name, kind] = es.collect(model, content, layers[name], cache=folder / f"{kind}-{fingerprint(model)}")
-    return found
-
-
 def fit_arms(
-    states: dict[tuple[str, str], Any], pairs: Any, anchors: Sequence[str], draws: int, seed: int
+    expert: Any, target: Any, pairs: Any, untrained: int, draws: int, seed: int, states: Path
 ) -> tuple[es.ExpertSteer, dict[str, Any]]:
     """The fitted recommended estimator, and what its plan is compared with."""
-    target, untrained = "target", [name for name in dict.fromkeys(n for n, _ in states) if name.startswith("untrained")]
-
-    def fit(steer: es.ExpertSteer, expert: str, kind: str = "general") -> Any:
-        steer.set_params(random_state=seed)
-        return steer.fit_activations(
-            states[expert, "pairs"], pairs.labels, states[expert, kind], states[target, kind], groups=pairs.groups
-        )
-
-    recommended = es.ExpertSteer.recommended(permutations=20)
-    fit(recommended, "expert")
-    # the same layers for the controls, so that the expert's weights are all that differs
-    controls: dict[str, Any] = control_arms(
-        recommended, states["expert", "pairs"], pairs.labels, states["expert", "general"], states[target, "general"],
-        groups=pairs.groups, labelled_target=states[target, "pairs"], texts=(pairs.texts, anchors), draws=draws,
-        untrained=[(states[name, "pairs"], states[name, "general"]) for name in untrained],
-    )  # fmt: skip
-    same = [(p.expert, p.target) for p in recommended.pairs_]
-    # in-domain texts alone: on the validation prompts the general ones beside them took a quarter of the effect away
-    controls["in_domain"] = fit(es.ExpertSteer.in_domain(layers=same), "expert", "in_domain")
-    controls["in_domain_untrained"] = [fit(es.ExpertSteer.in_domain(layers=same), u, "in_domain") for u in untrained]
-    controls["paper"] = fit(es.ExpertSteer.paper(), "expert")
+    general, in_domain = es.example("general"), es.example("sentiment_in_domain")
+    recommended = es.ExpertSteer.recommended(permutations=20, random_state=seed)
+    recommended.fit(expert, target, pairs, general, cache=states / "recommended")
+    controls: dict[str, Any] = recommended.controls(
+        expert, target, pairs, general, untrained=untrained, draws=draws, cache=states / "recommended"
+    )
+    # in-domain texts alone, at the same layers: on the validation prompts the general ones beside them took a quarter away
+    near = es.ExpertSteer.in_domain(layers=[(p.expert, p.target) for p in recommended.pairs_], random_state=seed)
+    controls["in_domain"] = near.fit(expert, target, pairs, in_domain, cache=states / "in-domain")
+    controls["in_domain_untrained"] = near.controls(
+        expert, target, pairs, in_domain, untrained=untrained, draws=0, cache=states / "in-domain"
+    )["untrained"]
+    paper = es.ExpertSteer.paper(random_state=seed)
+    controls["paper"] = paper.fit(expert, target, pairs, general, cache=states / "paper")
     return recommended, controls
 
 
@@ -94,25 +74,16 @@ def main(argv: Sequence[str] | None = None) -> es.Receipt:
     args = parser.parse_args(argv)
     started = time.time()
 
-    models: dict[str, Any] = {"expert": load(args.expert or str(model_path("gemma-3-270m")))}
-    models["target"] = load(args.target or str(model_path("SmolLM2-135M-Instruct")))
-    pairs = es.example("sentiment_pairs").split("train")
-    probe = es.example("sentiment_probe")
+    expert = load(args.expert or str(model_path("gemma-3-270m")))
+    target = load(args.target or str(model_path("SmolLM2-135M-Instruct")))
+    pairs, probe = es.example("sentiment_pairs").split("train"), es.example("sentiment_probe")
     words = es.Words(probe["test_prompts"], probe["positive_words"], probe["negative_words"])
     neutral = probe["neutral_texts"][:8]
-    texts = {"pairs": pairs.texts, "general": es.example("general"), "in_domain": es.example("sentiment_in_domain")}
-    check_disjoint([*texts["general"], *texts["in_domain"]], [*es.example("sentiment_pairs").texts, *words.prompts])
-    expert_layers, target_layers = es.ExpertSteer.paper().wanted_layers(
-        ModelIdentity.of(models["expert"]), ModelIdentity.of(models["target"])
+    check_disjoint(
+        [*es.example("general"), *es.example("sentiment_in_domain")],
+        [*es.example("sentiment_pairs").texts, *words.prompts],
     )
-    states = read_states(models, texts, {"expert": expert_layers, "target": target_layers}, args.out / "states")
-    for n in range(1, args.untrained + 1):
-        name = f"untrained-{n}"  # one at a time in memory
-        states |= read_states(
-            {name: es.untrained_like(models["expert"], n)}, texts, {name: expert_layers}, args.out / "states"
-        )
-    recommended, controls = fit_arms(states, pairs, texts["general"], args.draws, args.seed)
-    target = models["target"]
+    recommended, controls = fit_arms(expert, target, pairs, args.untrained, args.draws, args.seed, args.out / "states")
     towards, away = es.calibrate([recommended.plan_, -recommended.plan_], target, neutral, args.kl)
     receipt = es.receipt(towards, target, words, neutral, controls)
 

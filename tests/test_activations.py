@@ -19,7 +19,9 @@ from tiny import ARCHITECTURES, PROMPTS, build, hooks, tiny
 from torch import Tensor
 
 from expertsteer_nnsight.activations import Activations, collect
+from expertsteer_nnsight.positions import prefix_ids
 from expertsteer_nnsight.residual import Residual
+from expertsteer_nnsight.word_ends import shared_ends
 
 TEXTS = [
     *PROMPTS,
@@ -423,3 +425,57 @@ def test_states_are_cut_and_joined(tmp_path):
         Activations.joined([a, collect(tiny("gpt2"), ["a"], progress=False)])
     with pytest.raises(ValueError, match="no layer in common"):
         Activations.joined([b, collect(model, ["a"], layers=[0], progress=False)])
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_states_at_further_ends_are_those_of_the_prefixes(bos, tmp_path):
+    """A causal model has read the same at an end within a text as at the end of the shorter text."""
+    other = tiny("gpt2", not bos)
+    model = tiny("llama", bos)
+    texts = ["the quick brown fox jumps over the lazy dog.", "hello world, this is a test", "a dog"]
+    ends = shared_ends(texts, [(m.tokenizer, len(prefix_ids(m.tokenizer))) for m in (model, other)], 3)
+    assert ends == shared_ends(texts, [(m.tokenizer, len(prefix_ids(m.tokenizer))) for m in (model, other)], 3)
+    assert max(map(len, ends)) == 3 and all(e == sorted(set(e)) for e in ends)
+    assert all(x < len(t) for e, t in zip(ends, texts, strict=True) for x in e)
+    found = collect(model, texts, ends=ends, batch_size=2, progress=False)
+    prefixes = [t[:e] for t, mine in zip(texts, ends, strict=True) for e in (*mine, len(t))]
+    alone = collect(model, prefixes, progress=False)
+    assert found.n_texts == len(prefixes) and found.text_of == tuple(
+        i for i, e in enumerate(ends) for _ in range(len(e) + 1)
+    )
+    for layer in found:
+        torch.testing.assert_close(found[layer], alone[layer], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found.whole[layer], collect(model, texts, progress=False)[layer], rtol=1e-4, atol=1e-4
+        )
+    assert found.whole.text_of is None and found.whole.n_texts == 3
+    # from disk, and after an interruption
+    kept = collect(model, texts, ends=ends, cache=tmp_path / "c", shard_size=1, batch_size=1, progress=False)
+    next((tmp_path / "c").glob("shard-*")).unlink()
+    again = collect(model, texts, ends=ends, cache=tmp_path / "c", progress=False)
+    for layer in found:
+        torch.testing.assert_close(again[layer], found[layer], rtol=1e-4, atol=1e-4)
+    assert kept.text_of == again.text_of == found.text_of
+    with pytest.raises(ValueError, match="another ends"):
+        collect(model, texts, cache=tmp_path / "c", progress=False)
+    both = Activations.joined([found, collect(model, ["a dog"], progress=False)])
+    assert both.text_of == (*found.text_of, 3) and both.whole.n_texts == 4
+
+
+def test_ends_that_are_none_are_refused():
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="No token of this model ends at character 2"):
+        collect(model, ["the quick"], ends=[[2]], progress=False)
+    with pytest.raises(ValueError, match='not with "mean"'):
+        collect(model, ["the quick"], position="mean", ends=[[3]], progress=False)
+    with pytest.raises(ValueError, match="for 2 texts"):
+        collect(model, ["the quick"], ends=[[3], []], progress=False)
+    assert shared_ends([[{"role": "user", "content": "the quick fox"}]], [(model.tokenizer, 0)], 2) == [[]]
+
+
+def test_a_slow_tokenizer_gives_no_ends():
+    class Slow:
+        is_fast = False
+
+    with pytest.warns(UserWarning, match="no character offsets"):
+        assert shared_ends(["a dog"], [(Slow(), 0)], 2) == [[]]
