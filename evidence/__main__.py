@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--concepts", nargs="*", choices=[*TUNING, *REPORTING], default=[*TUNING, *REPORTING])
     parser.add_argument("--anchors", type=int, default=2000, help="generic texts (default: %(default)s)")
     parser.add_argument("--draws", type=int, default=20, help="of permuted and random arms (default: %(default)s)")
+    parser.add_argument("--items", type=int, help="of the test items, the first so many (default: all)")
     parser.add_argument("--only-base", action="store_true", help="vary no factor")
     parser.add_argument(
         "--slice", action="store_true", help="the project's own concept and texts, the first pair, no factors"
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         anchors=args.anchors,
         draws=args.draws,
         own=args.slice,
+        items=args.items,
     )
     print(summary(Table(results.lines)))
 

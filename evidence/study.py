@@ -236,12 +236,11 @@ class Results:
         self.keys |= {self.key(line) for line in lines}
 
 
-def measure_arms(cell: Cell, arms: list[Arm], results: Results, effect: Any = None) -> None:
+def measure_arms(cell: Cell, arms: list[Arm], effect: Any, results: Results) -> None:
     """Calibrates and scores arms, and writes a line for each."""
     target = model(cell.target)
     if cell.neutral is None:
         cell.neutral = neutral_tokens(target, es.example("sentiment_probe")["neutral_texts"][:8])
-    effect = effect or es.Choices(cell.concept.test)
     where = {"pair": cell.pair, "concept": cell.concept.name}
     missing = [a for a in arms if Results.key({**where, **_place(a)}) not in results.keys]
     for start in range(0, len(missing), CHUNK):
@@ -285,6 +284,7 @@ def run(
     anchors: int = 2000,
     draws: int = 20,
     own: bool = False,
+    items: int | None = None,
 ) -> Results:
     """Runs what is missing. The first pair gets every factor, the others the base with its controls.
 
@@ -297,6 +297,7 @@ def run(
         anchors: how many generic texts.
         draws: of the permuted and random arms.
         own: take the project's own generic texts, which need no data set.
+        items: score the first so many of the test items; all of them if None.
     """
     results, states = Results(out / "results.jsonl"), States(out / "states")
     texts = es.example("general")[:anchors] if own else generic(data, anchors)
@@ -306,9 +307,10 @@ def run(
             started = time.time()
             bar.set_postfix_str(f"{pair}, {name}")
             cell = Cell(pair, concept(name, data), texts, states)
+            effect = es.Choices(cell.concept.test[:items])
             base, layers = cell.base(draws)
-            measure_arms(cell, base, results)
+            measure_arms(cell, base, effect, results)
             if factors and pair == pairs[0]:
-                measure_arms(cell, list(cell.factors(layers)), results)
+                measure_arms(cell, list(cell.factors(layers)), effect, results)
             bar.write(f"{pair}, {name}: {time.time() - started:.0f} s")
     return results

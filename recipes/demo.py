@@ -30,21 +30,15 @@ def load(name: str) -> TransformersModel:
 
 
 def fit_arms(
-    expert: Any, target: Any, pairs: Any, untrained: int, draws: int, seed: int, states: Path
+    expert: Any, target: Any, pairs: Any, anchors: int, untrained: int, draws: int, seed: int, states: Path
 ) -> tuple[es.ExpertSteer, dict[str, Any]]:
     """The fitted recommended estimator, and what its plan is compared with."""
-    general, in_domain = es.example("general"), es.example("sentiment_in_domain")
+    general = es.example("general")[:anchors]
     recommended = es.ExpertSteer.recommended(permutations=20, random_state=seed)
     recommended.fit(expert, target, pairs, general, cache=states / "recommended")
     controls: dict[str, Any] = recommended.controls(
         expert, target, pairs, general, untrained=untrained, draws=draws, cache=states / "recommended"
     )
-    # in-domain texts alone, at the same layers: on the validation prompts the general ones beside them took a quarter away
-    near = es.ExpertSteer.in_domain(layers=[(p.expert, p.target) for p in recommended.pairs_], random_state=seed)
-    controls["in_domain"] = near.fit(expert, target, pairs, in_domain, cache=states / "in-domain")
-    controls["in_domain_untrained"] = near.controls(
-        expert, target, pairs, in_domain, untrained=untrained, draws=0, cache=states / "in-domain"
-    )["untrained"]
     paper = es.ExpertSteer.paper(random_state=seed)
     controls["paper"] = paper.fit(expert, target, pairs, general, cache=states / "paper")
     return recommended, controls
@@ -68,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> es.Receipt:
     parser.add_argument(
         "--draws", type=int, default=20, help="draws of the permuted and random arms (default: %(default)s)"
     )
+    parser.add_argument("--anchors", type=int, default=1500, help="texts that both models read (default: %(default)s)")
     parser.add_argument("--untrained", type=int, default=3, help="untrained experts (default: %(default)s)")
     parser.add_argument("--kl", type=float, default=1.0, help="KL budget in nats (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: %(default)s)")
@@ -79,11 +74,10 @@ def main(argv: Sequence[str] | None = None) -> es.Receipt:
     pairs, probe = es.example("sentiment_pairs").split("train"), es.example("sentiment_probe")
     words = es.Words(probe["test_prompts"], probe["positive_words"], probe["negative_words"])
     neutral = probe["neutral_texts"][:8]
-    check_disjoint(
-        [*es.example("general"), *es.example("sentiment_in_domain")],
-        [*es.example("sentiment_pairs").texts, *words.prompts],
+    check_disjoint(es.example("general"), [*es.example("sentiment_pairs").texts, *words.prompts])
+    recommended, controls = fit_arms(
+        expert, target, pairs, args.anchors, args.untrained, args.draws, args.seed, args.out / "states"
     )
-    recommended, controls = fit_arms(expert, target, pairs, args.untrained, args.draws, args.seed, args.out / "states")
     towards, away = es.calibrate([recommended.plan_, -recommended.plan_], target, neutral, args.kl)
     receipt = es.receipt(towards, target, words, neutral, controls)
 

@@ -17,6 +17,7 @@ from expertsteer_nnsight.calibration import calibrate_many
 from expertsteer_nnsight.control_arms import random_plans
 from expertsteer_nnsight.measuring import measure
 from expertsteer_nnsight.scoring import costs, word_scores
+from expertsteer_nnsight.word_ends import shared_ends
 
 PROMPTS = ["The capital of France is", "My favourite food is a big plate of", "Once upon a time"]
 TEXTS = es.example("general")[:60]
@@ -100,6 +101,16 @@ def test_collected_states_are_the_local_ones(repo, position, models, lean):
     assert all(close(a[layer], b[layer]) for layer in a)
     assert all(a.norm(layer) == pytest.approx(b.norm(layer), rel=1e-4) for layer in a)
     assert remote.traffic.jobs == 3
+
+
+def test_states_at_further_ends_are_the_local_ones(models):
+    far, near = models(BOS)
+    ends = shared_ends(TEXTS, [(near.tokenizer, 1)], 3)
+    remote = Remote()
+    a = es.collect(far, TEXTS, ends=ends, batch_size=30, remote=remote, progress=False)
+    b = es.collect(near, TEXTS, ends=ends, progress=False)
+    assert a.n_texts == b.n_texts > 2 * len(TEXTS) and a.text_of == b.text_of and remote.traffic.jobs == 2
+    assert all(close(a[layer], b[layer]) for layer in a)
 
 
 @REPOS
