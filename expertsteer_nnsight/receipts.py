@@ -78,9 +78,11 @@ class Receipt:
     def contributed(self) -> bool | None:
         """Whether the expert contributed to the arm `expert`; None where no untrained control was measured.
 
-        It did if the effect is above zero, above what another untrained expert would reach (the upper end of a one-sided 95 %
-        prediction interval over the untrained seeds; with one seed, the paired difference must be above zero), above that of text
-        features (paired), and above the 95th percentile of |effect| of random and permuted draws.
+        It did if the effect is above zero; above what another untrained expert would reach, as far as the seeds tell: their
+        mean plus 1.64 standard deviations of a further one, and the best of them by more than the half-width of the expert's
+        interval; above that of text features (paired); and above what one random or permuted draw in a hundred would reach
+        (normal around zero, as wide as the draws). Where a plan is no better than its controls, it passes all of these by chance
+        about once in a hundred times.
         """
         if "expert" not in self.arms or "untrained" not in self.arms:
             return None
@@ -90,17 +92,22 @@ class Receipt:
     def bar(self) -> float:
         """The effect that `contributed` asks for."""
         expert, seeds = self.arms["expert"], self.arms["untrained"]["effects"]
-        levels = [self.arms[name]["effect"] for name in NULLS if name in self.arms]
+        from scipy.stats import t
+
+        levels = [0.0]
+        for name in NULLS:
+            if name in self.arms:
+                draws = np.array(self.arms[name]["effects"])
+                levels.append(float(t.ppf(0.99, len(draws)) * np.sqrt((draws**2).mean())))
         paired = ["text_features"] if len(seeds) > 1 else ["text_features", "untrained"]
         for name in paired:
             if name in self.arms:
                 _, low, _ = interval(np.array(expert["items"]) - np.array(self.arms[name]["items"]))
                 levels.append(expert["effect"] - low)
         if len(seeds) > 1:
-            from scipy.stats import t
-
-            spread = statistics.stdev(seeds) * math.sqrt(1 + 1 / len(seeds))
-            levels.append(statistics.fmean(seeds) + float(t.ppf(CONFIDENCE, len(seeds) - 1)) * spread)
+            another = statistics.stdev(seeds) * math.sqrt(1 + 1 / len(seeds))
+            levels.append(statistics.fmean(seeds) + statistics.NormalDist().inv_cdf(CONFIDENCE) * another)
+            levels.append(max(seeds) + expert["effect"] - expert["interval"][0])
         return max(levels)
 
     @property
