@@ -43,11 +43,6 @@ class Table:
         return list(dict.fromkeys((line["factor"], line["level"]) for line in self.lines if line["pair"] == pair))
 
 
-def native(table: Table, pair: str, concept: str, factor: str, level: str) -> np.ndarray | None:
-    """The native arm that an arm is a share of: always the one with all clean labels, fitted as the base is."""
-    return table.items(pair, concept, "base", "recommended", "native")
-
-
 def share(
     rows: Sequence[np.ndarray], minus: Sequence[np.ndarray] | None, unit: Sequence[np.ndarray], seed: int = 0
 ) -> list[float]:
@@ -159,7 +154,7 @@ def factor_table(
 def beats(table: Table, pair: str, concepts: Sequence[str]) -> list[tuple[str, str, str, list[float]]]:
     """(concept, factor, level, expert - native with the same labels) where the interval lies above zero.
 
-    The interval is Bonferroni-corrected by nothing: it says where to look, on the tuning concepts, and what was confirmed, on the
+    Not corrected for the number of comparisons: it tells where to look, on the tuning concepts, and what was confirmed, on the
     reporting ones.
     """
     found = []
@@ -167,7 +162,7 @@ def beats(table: Table, pair: str, concepts: Sequence[str]) -> list[tuple[str, s
         for name in concepts:
             expert = table.items(pair, name, factor, level, "expert")
             own = table.items(pair, name, factor, level, "native")
-            own = native(table, pair, name, factor, level) if own is None else own
+            own = table.items(pair, name, "base", "recommended", "native") if own is None else own
             if expert is not None and own is not None and len(expert) == len(own):
                 gap = one(expert, own)
                 if gap[1] > 0:

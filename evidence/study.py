@@ -25,7 +25,7 @@ from evidence.concepts import Concept, Data, concept, generic
 from evidence.models import PAIRS, States, model
 from expertsteer_nnsight.activations import Activations
 from expertsteer_nnsight.alignment import IdentityAligner, ProcrustesAligner
-from expertsteer_nnsight.calibration import calibrate_many, neutral_tokens, with_total
+from expertsteer_nnsight.calibration import either_sign, neutral_tokens
 from expertsteer_nnsight.control_arms import control_arms
 from expertsteer_nnsight.positions import prefix_ids
 from expertsteer_nnsight.steering import SteeringPlan
@@ -245,9 +245,7 @@ def measure_arms(cell: Cell, arms: list[Arm], effect: Any, results: Results) -> 
     missing = [a for a in arms if Results.key({**where, **_place(a)}) not in results.keys]
     for start in range(0, len(missing), CHUNK):
         chunk = missing[start : start + CHUNK]
-        signed = [sign * a.plan for a in chunk for sign in (1.0, -1.0)]
-        found = calibrate_many(target, signed, cell.neutral)
-        ready = [with_total(p, float(s)) for p, s in zip(signed, found.strength, strict=True)]
+        found, ready = either_sign(target, [a.plan for a in chunk], cell.neutral)
         scores: dict[int, Tensor] = {}
         for count in {a.items for a in chunk}:
             mine = [i for i, a in enumerate(chunk) if a.items == count]

@@ -154,6 +154,26 @@ def calibrate_many(
     )
 
 
+def either_sign(
+    model: Any, plans: Sequence[SteeringPlan], texts: Any, kl_budget: float | int = 1.0, **settings: Any
+) -> tuple[Calibration, list[SteeringPlan]]:
+    """Each plan and then its negative, each at the strength that meets the budget by itself.
+
+    Args:
+        model: the target.
+        plans: their signs count, their strengths do not.
+        texts: as in `calibrate_many`, like the rest.
+        kl_budget: nats.
+        settings: further ones of `calibrate_many`.
+
+    Returns:
+        The calibration and the plans at those strengths, two for each of `plans`: steered towards, steered away.
+    """
+    signed = [sign * plan for plan in plans for sign in (1.0, -1.0)]
+    found = calibrate_many(model, signed, texts, kl_budget, **settings)
+    return found, [with_total(p, float(s)) for p, s in zip(signed, found.strength, strict=True)]
+
+
 def _propose(
     curve: list[tuple[float, float]], budget: float | int, tolerance: float, limit: float | int, several: bool
 ) -> list[float]:

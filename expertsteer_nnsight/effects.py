@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,8 +61,24 @@ def _told(prompt: Text, instruction: str) -> Text:
     return [{"role": "system", "content": instruction}, *prompt]
 
 
+class _OfPrompts:
+    """What effects share whose items are prompts."""
+
+    prompts: Sequence[Text]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, key: slice) -> Any:
+        return replace(cast("Any", self), prompts=self.prompts[key])
+
+    def instructed(self, instruction: str) -> Any:
+        """The same with an instruction before every prompt."""
+        return replace(cast("Any", self), prompts=[_told(p, instruction) for p in self.prompts])
+
+
 @dataclass(frozen=True)
-class Words:
+class Words(_OfPrompts):
     """Log-odds, in nats, of positive over negative next words after each prompt.
 
     Of each word the first token after a space counts.
@@ -85,16 +101,6 @@ class Words:
             if not value:
                 raise ValueError(f"Words needs {name}, but there are none.")
             object.__setattr__(self, name, value)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, key: slice) -> Words:
-        return replace(self, prompts=self.prompts[key])
-
-    def instructed(self, instruction: str) -> Words:
-        """The same with an instruction before every prompt."""
-        return replace(self, prompts=[_told(p, instruction) for p in self.prompts])
 
     def score(
         self,
@@ -196,7 +202,7 @@ def _continued(model: Any, prompt: Text, text: str) -> Encoded:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judged(_OfPrompts):
     """A judge's view of greedy continuations.
 
     Attributes:
@@ -216,16 +222,6 @@ class Judged:
         object.__setattr__(self, "prompts", tuple(self.prompts))
         if not self.prompts:
             raise ValueError("Judged needs prompts, but there are none.")
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, key: slice) -> Judged:
-        return replace(self, prompts=self.prompts[key])
-
-    def instructed(self, instruction: str) -> Judged:
-        """The same with an instruction before every prompt."""
-        return replace(self, prompts=[_told(p, instruction) for p in self.prompts])
 
     def score(
         self,

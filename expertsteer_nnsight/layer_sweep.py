@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .calibration import calibrate_many, neutral_tokens, with_total
+from .calibration import either_sign, neutral_tokens
 from .effects import Effect
 from .layer_matching import LayerPair
 from .steering import SteeringPlan
@@ -57,11 +57,9 @@ def sweep(
     if sorted(p.target for p in pairs) != [v.layer for v in plan.vectors]:
         raise ValueError("A sweep needs one vector for each candidate layer.")
     single = [SteeringPlan([v], plan.target) for v in plan.vectors]
-    signed = [sign * p for p in single for sign in (1.0, -1.0)]
     how: dict[str, Any] = {"rows": validation.rows, "remote": validation.remote}
     texts = neutral_tokens(model, validation.neutral, validation.rollout, remote=validation.remote)
-    found = calibrate_many(model, signed, texts, validation.kl_budget, tolerance=0.1, **how)
-    ready = [with_total(p, float(s)) for p, s in zip(signed, found.strength, strict=True)]
+    _, ready = either_sign(model, single, texts, validation.kl_budget, tolerance=0.1, **how)
     scores = validation.effect.score(model, ready, **how)[1:].mean(1)
     effects = (scores[0::2] - scores[1::2]).tolist()
     ordered = sorted(pairs, key=lambda p: p.target)

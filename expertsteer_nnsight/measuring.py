@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .calibration import ROLLOUT, Calibration, calibrate_many, neutral_tokens, with_total
+from .calibration import ROLLOUT, Calibration, either_sign, neutral_tokens, with_total
 from .effects import Effect
 from .receipts import NULLS, Receipt, interval
 from .rollouts import completions, rollouts, variety
@@ -59,13 +59,12 @@ def measure(
         raise ValueError("There is no arm to measure, or one without plans.")
     how: dict[str, Any] = {"rows": rows, "remote": remote, "progress": progress}
     texts = neutral_tokens(model, neutral, rollout, remote=remote)
-    signed = [sign * p for plans in draws.values() for p in plans for sign in (1.0, -1.0)]
-    found = calibrate_many(model, signed, texts, kl_budget, **how)
+    every = [p for plans in draws.values() for p in plans]
+    found, ready = either_sign(model, every, texts, kl_budget, **how)
     short = ~found.met & (found.kl < kl_budget)
     if short.any():
         kl_budget = float(found.kl[short].min())
-        found = calibrate_many(model, signed, texts, kl_budget, **how)
-    ready = [with_total(p, float(s)) for p, s in zip(signed, found.strength, strict=True)]
+        found, ready = either_sign(model, every, texts, kl_budget, **how)
     names = [name for name, plans in draws.items() for _ in plans for _ in range(2)]
     scores = _scores(model, ready, [name in NULLS for name in names], effect, null_items, how)
     result = _arms(draws, scores, found, layer_pairs or {})
@@ -107,14 +106,13 @@ def _arms(
         per_item = score[:, 0] - score[:, 1]
         effects = per_item.mean(1)
         items = per_item.mean(0).numpy()
-        value, low, high = interval(items)
         null = name in NULLS
         result[name] = {
             "layers": [list(p) for p in layer_pairs.get(name, [(None, layer) for layer in plans[0].layers])],
             "draws": len(plans),
             "n": per_item.shape[1],
-            "effect": float(torch.quantile(effects.abs(), 0.95)) if null else value,
-            "interval": None if null else [low, high],
+            "effect": float(torch.quantile(effects.abs(), 0.95)) if null else float(items.mean()),
+            "interval": None if null else list(interval(items)[1:]),
             "effects": effects.tolist(),
             "items": [] if null else items.tolist(),
             "score_plus": float(score[:, 0].mean()),
@@ -157,8 +155,8 @@ def receipt(
         neutral: prompts that have nothing to do with the concept, for KL, NLL and rollouts.
         controls: other arms at equal KL, from `ExpertSteer.controls`: native, untrained, text_features, permuted, random.
             Without an untrained expert the receipt cannot tell what the expert contributed.
-        instruction: what one would write before a prompt to the same end, and to the opposite one: the arm `prompted`, which
-            has the KL that it has.
+        instruction: what one would write before a prompt to the same end, and to the opposite one: the arm `prompted`, whose
+            KL is not measured.
         kl_budget: nats; that of the plan's calibration, else 1.
         doses: of the calibrated strength, for the dose-response of the expert, native and first untrained arm.
         draws: of random directions, where `controls` has none.
@@ -201,7 +199,7 @@ def receipt(
         if name in arms
     }
     if instruction is not None:
-        made["prompted"] = _prompted(model, effect, neutral, instruction, rollout, how)
+        made["prompted"] = _prompted(model, effect, instruction, how)
     notes = []
     if labelled := plan.info.get("data", {}).get("anchors_labelled"):
         notes.append(f"{labelled} of the anchors are labelled texts, which carry the labels over for any expert")
@@ -275,10 +273,8 @@ def _kl_of(model: Any, plan: SteeringPlan, texts: list[Encoded], remote: bool | 
     return float(torch.quantile(torch.cat(new), 0.95))
 
 
-def _prompted(
-    model: Any, effect: Any, neutral: Any, instruction: tuple[str, str], rollout: int, how: dict[str, Any]
-) -> dict[str, Any]:
-    """The arm of an instruction in place of a plan. Its NLL on neutral text is not that of a model left to itself."""
+def _prompted(model: Any, effect: Any, instruction: tuple[str, str], how: dict[str, Any]) -> dict[str, Any]:
+    """The arm of an instruction in place of a plan; it has no strength, and its cost on neutral text is not measured."""
     if not hasattr(effect, "instructed"):
         raise ValueError(f"{type(effect).__name__} has no instructed(text), which an instruction arm needs.")
     plus, minus = (effect.instructed(text).score(model, [], **how)[0].double() for text in instruction)

@@ -91,9 +91,9 @@ class Receipt:
     @property
     def bar(self) -> float:
         """The effect that `contributed` asks for."""
-        expert, seeds = self.arms["expert"], self.arms["untrained"]["effects"]
         from scipy.stats import t
 
+        expert, seeds = self.arms["expert"], self.arms["untrained"]["effects"]
         levels = [0.0]
         for name in NULLS:
             if name in self.arms:

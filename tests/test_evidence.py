@@ -16,6 +16,7 @@ from evidence.__main__ import main
 from evidence.concepts import REPORTING, SOURCES, TUNING, Data, concept
 from evidence.report import Table, base_table, beats, draw, factor_table, medians, one, share
 from evidence.study import Cell, Results, run
+from expertsteer_nnsight.packaged_models import MODELS
 
 
 @pytest.fixture
@@ -54,6 +55,11 @@ def test_a_concepts_texts_are_in_one_place_only():
     assert all(places) and len(set.union(*places)) == sum(map(len, places))
 
 
+def test_every_model_of_a_pair_can_be_made():
+    names = {name for pair in evidence.models.PAIRS.values() for name in pair}
+    assert all(evidence.models.FILES[name] in MODELS for name in names)
+
+
 def test_files_are_compared_with_their_hash(tmp_path):
     name = "repe/anger.json"
     with pytest.raises(FileNotFoundError, match="leave --data out"):
@@ -89,7 +95,7 @@ def test_the_study_goes_on_where_it_stopped_and_repeats_itself(small, tmp_path, 
     values = [{key(line): line["effect"] for line in r.lines} for r in (first, again)]
     assert all(np.isclose(values[0][k], values[1][k], atol=1e-4) for k in values[0])
     calls = []
-    monkeypatch.setattr(evidence.study, "calibrate_many", lambda *a, **k: calls.append(1))
+    monkeypatch.setattr(evidence.study, "either_sign", lambda *a, **k: calls.append(1))
     run(Data(None), tmp_path / "a", ["gemma-smol"], ["sentiment"], **how)
     assert not calls
 

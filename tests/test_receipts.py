@@ -132,6 +132,20 @@ def test_a_bad_plan_is_told_to_be_one(seed):
     assert "contributed nothing" in repr(found.plan)
 
 
+def test_a_plan_no_better_than_its_controls_seldom_passes():
+    """What README says of the verdict: about one in a hundred, if effects are normal around zero."""
+    rng = np.random.default_rng(0)
+
+    def verdict(effect):
+        expert = {"effect": effect, "interval": [effect - 0.05, effect + 0.05], "items": []}
+        arms = {"expert": expert, "untrained": {"effects": rng.normal(size=3).tolist()}}
+        arms |= {name: {"effects": rng.normal(size=20).tolist()} for name in ("random", "permuted")}
+        return Receipt(arms, {}, 1.0, "nats").contributed
+
+    assert np.mean([verdict(x) for x in rng.normal(size=4000).tolist()]) < 0.015
+    assert np.mean([verdict(6.0) for _ in range(200)]) > 0.95
+
+
 def test_without_an_untrained_expert_nothing_is_said_of_the_expert():
     model = tiny("llama")
     found = receipt(useful(model), model, WORDS, PROMPTS, draws=3, kl_budget=0.05, doses=(), rollout_tokens=0, **QUICK)
