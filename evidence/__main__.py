@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evidence.concepts import REPORTING, TUNING, Data
 from evidence.models import PAIRS
-from evidence.report import Table, summary
+from evidence.report import Table, publish, summary
 from evidence.study import run
 
 
@@ -22,11 +22,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", nargs="*", choices=list(PAIRS), default=list(PAIRS), help="models (default: all)")
     parser.add_argument("--concepts", nargs="*", choices=[*TUNING, *REPORTING], default=[*TUNING, *REPORTING])
     parser.add_argument("--anchors", type=int, default=2000, help="generic texts (default: %(default)s)")
-    parser.add_argument("--draws", type=int, default=20, help="of permuted and random arms (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=10, help="of permuted and random arms (default: %(default)s)")
     parser.add_argument("--items", type=int, help="of the test items, the first so many (default: all)")
     parser.add_argument("--only-base", action="store_true", help="vary no factor")
     parser.add_argument(
         "--slice", action="store_true", help="the project's own concept and texts, the first pair, no factors"
+    )
+    parser.add_argument(
+        "--publish", type=Path, metavar="PAGE", help="write the tables into a page, and results beside it"
     )
     args = parser.parse_args(argv)
     if args.slice:
@@ -36,13 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out,
         args.pairs,
         args.concepts,
-        factors=not args.only_base,
+        vary=not args.only_base,
         anchors=args.anchors,
         draws=args.draws,
         own=args.slice,
         items=args.items,
     )
     print(summary(Table(results.lines)))
+    if args.publish:
+        publish(results.lines, args.publish)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from evidence.concepts import REPORTING, TUNING
 from expertsteer_nnsight.plotting import figure
 
 RESAMPLES = 2000
+BASE = ("base", "recommended")
 Line = Mapping[str, Any]
+Rows = Mapping[str, np.ndarray]
 
 
 class Table:
@@ -34,13 +38,19 @@ class Table:
         found = self.draws.get(key)
         return None if not found else np.mean([line["items"] for line in found], 0)
 
-    def bar(self, *key: str) -> float:
-        """95th percentile of |effect| over draws."""
-        return float(np.quantile([abs(line["effect"]) for line in self.draws[key]], 0.95))
+    def null(self, *key: str) -> float:
+        """1.96 times the root mean square of the draws' effects: 19 of 20 draws lie within it, if they are normal."""
+        return 1.96 * float(np.sqrt(np.mean([line["effect"] ** 2 for line in self.draws[key]])))
 
     def levels(self, pair: str) -> list[tuple[str, str]]:
         """(factor, level) in the order in which they were measured."""
-        return list(dict.fromkeys((line["factor"], line["level"]) for line in self.lines if line["pair"] == pair))
+        found = dict.fromkeys((line["factor"], line["level"]) for line in self.lines if line["pair"] == pair)
+        return [level for level in found if level[0] != "judge"]
+
+    def arm(self, pair: str, concepts: Sequence[str], factor: str, level: str, who: str) -> dict[str, np.ndarray]:
+        """Effects by item of one arm, for the concepts that have it."""
+        found = {name: self.items(pair, name, factor, level, who) for name in concepts}
+        return {name: items for name, items in found.items() if items is not None}
 
 
 def share(
@@ -51,10 +61,11 @@ def share(
     Args:
         rows: effects by item, one array a concept.
         minus: effects that are taken off, or None.
-        unit: effects that they are shares of.
+        unit: effects that they are shares of; where there are more items than in `rows`, the first count.
         seed: of the resampling.
     """
-    pairs = [(a if minus is None else a - minus[i], unit[i]) for i, a in enumerate(rows)]
+    n = [len(a) for a in rows]
+    pairs = [(a if minus is None else a - minus[i][: n[i]], unit[i][: n[i]]) for i, a in enumerate(rows)]
     value = float(np.median([a.mean() / b.mean() for a, b in pairs]))
     rng, found = np.random.default_rng(seed), []
     for _ in range(RESAMPLES):
@@ -65,6 +76,16 @@ def share(
             shares.append(a[pick].mean() / b[pick].mean())
         found.append(np.median(shares))
     return [value, float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))]
+
+
+def over(rows: Rows, unit: Rows, minus: Rows | None = None) -> list[float] | None:
+    """`share` over the concepts that all three have; None if there are none."""
+    names = [n for n in rows if n in unit and (minus is None or n in minus)]
+    if not names:
+        return None
+    return share(
+        [rows[n] for n in names], None if minus is None else [minus[n] for n in names], [unit[n] for n in names]
+    )
 
 
 def one(a: np.ndarray, minus: np.ndarray | None = None, unit: np.ndarray | None = None, seed: int = 0) -> list[float]:
@@ -79,9 +100,9 @@ def one(a: np.ndarray, minus: np.ndarray | None = None, unit: np.ndarray | None 
     return [value(slice(None)), float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))]
 
 
-def told(found: Sequence[float]) -> str:
+def told(found: Sequence[float] | None) -> str:
     """A value with its interval."""
-    return f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]"
+    return "" if found is None else f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]"
 
 
 def _rows(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -90,103 +111,122 @@ def _rows(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def base_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
-    """Every concept's base arms."""
+    """Every concept's base arms, and the medians of the shares."""
     body = []
     for name in concepts:
-        key = (pair, name, "base", "recommended")
+        key = (pair, name, *BASE)
         expert, own, untrained = (table.items(*key, who) for who in ("expert", "native", "untrained"))
         if expert is None or own is None or untrained is None:
             continue
         seeds = [line["effect"] for line in table.draws[(*key, "untrained")]]
-        features = table.items(*key, "text_features")
-        null = [f"{table.bar(*key, who):.2f}" for who in ("permuted", "random")]
+        other = [table.items(*key, who) for who in ("text_features", "prompted")]
         body.append([
             name, str(len(expert)), told(one(own)), told(one(expert)), told(one(expert, None, own)),
             told(one(expert, untrained, own)), ", ".join(f"{e:.2f}" for e in seeds),
-            "" if features is None else f"{features.mean():.2f}", *null, f"{np.mean(expert < 0):.0%}",
+            *("" if found is None else f"{found.mean():.2f}" for found in other),
+            *(f"{table.null(*key, who):.2f}" for who in ("permuted", "random")), f"{np.mean(expert < 0):.0%}",
         ])  # fmt: skip
+    found = medians(table, pair, concepts, *BASE)
+    body.append(["**median**", "", "", "", told(found["expert"]), told(found["beyond"]), *[""] * 6])
     return _rows(["concept", "n", "native", "expert", "expert / native", "(expert - untrained) / native", "untrained, each seed",
-                  "text features", "permuted p95", "random p95", "expert, wrong way"], body)  # fmt: skip
+                  "text features", "prompted", "permuted", "random", "wrong way"], body)  # fmt: skip
 
 
-def gather(
-    table: Table, pair: str, concepts: Sequence[str], factor: str, level: str, who: str
-) -> dict[str, np.ndarray]:
-    """Effects by item of one arm, for the concepts that have it."""
-    found = {name: table.items(pair, name, factor, level, who) for name in concepts}
-    return {name: items for name, items in found.items() if items is not None}
+def medians(table: Table, pair: str, concepts: Sequence[str], factor: str, level: str) -> dict[str, list[float] | None]:
+    """Medians over concepts, as shares of the base's native effect.
 
-
-def medians(table: Table, pair: str, concepts: Sequence[str], factor: str, level: str) -> list[list[float] | None]:
-    """Medians over concepts of expert / native, untrained / native, (expert - untrained) / native and own native / native."""
+    Returns:
+        expert, untrained, beyond (expert - untrained), own (native with the same labels and layers) and ahead (expert - own).
+    """
     expert, untrained, own = (
-        gather(table, pair, concepts, factor, level, who) for who in ("expert", "untrained", "native")
+        table.arm(pair, concepts, factor, level, who) for who in ("expert", "untrained", "native")
     )
-    unit = gather(table, pair, concepts, "base", "recommended", "native")
-    names = [n for n in concepts if n in expert and n in unit]
-    if not names:
-        return [None] * 4
-
-    def over(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray] | None = None) -> list[float] | None:
-        have = [n for n in names if n in a and (b is None or n in b)]
-        return (
-            share([a[n] for n in have], None if b is None else [b[n] for n in have], [unit[n] for n in have])
-            if have
-            else None
-        )
-
-    return [over(expert), over(untrained), over(expert, untrained), over(own)]
+    unit = table.arm(pair, concepts, *BASE, "native")
+    return {
+        "expert": over(expert, unit),
+        "untrained": over(untrained, unit),
+        "beyond": over(expert, unit, untrained),
+        "own": over(own, unit),
+        "ahead": over(expert, unit, own if own else unit),
+    }
 
 
-def factor_table(
-    table: Table, pair: str, concepts: Sequence[str], keep: Callable[[str], bool] = lambda factor: True
-) -> str:
+def factor_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
     """A row for each level of each factor: medians over concepts."""
     body = []
     for factor, level in table.levels(pair):
-        if keep(factor):
-            found = medians(table, pair, concepts, factor, level)
-            if found[0] is not None:
-                body.append([factor, level, *("" if f is None else told(f) for f in found)])
-    return _rows(["factor", "level", "expert", "untrained", "expert - untrained", "native with the same labels"], body)
+        found = medians(table, pair, concepts, factor, level)
+        if found["expert"] is not None:
+            body.append([factor, level, *map(told, found.values())])
+    header = [
+        "factor",
+        "level",
+        "expert",
+        "untrained",
+        "expert - untrained",
+        "native likewise",
+        "expert - native likewise",
+    ]
+    return _rows(header, body)
 
 
-def beats(table: Table, pair: str, concepts: Sequence[str]) -> list[tuple[str, str, str, list[float]]]:
-    """(concept, factor, level, expert - native with the same labels) where the interval lies above zero.
+def ahead(table: Table, pair: str) -> list[tuple[str, str, list[float], list[float] | None]]:
+    """Levels at which the expert exceeds native (with the same labels and layers) on the tuning concepts.
 
-    Not corrected for the number of comparisons: it tells where to look, on the tuning concepts, and what was confirmed, on the
-    reporting ones.
+    Returns:
+        (factor, level, share on the tuning concepts, share on the reporting concepts): medians of (expert - native) / native
+        of the base. An interval above zero in the first makes a candidate, one in the second confirms it.
     """
     found = []
     for factor, level in table.levels(pair):
-        for name in concepts:
-            expert = table.items(pair, name, factor, level, "expert")
-            own = table.items(pair, name, factor, level, "native")
-            own = table.items(pair, name, "base", "recommended", "native") if own is None else own
-            if expert is not None and own is not None and len(expert) == len(own):
-                gap = one(expert, own)
-                if gap[1] > 0:
-                    found.append((name, factor, level, gap))
+        first, second = (medians(table, pair, concepts, factor, level)["ahead"] for concepts in (TUNING, REPORTING))
+        if first is not None and first[1] > 0:
+            found.append((factor, level, first, second))
     return found
+
+
+def ahead_table(table: Table, pair: str) -> str:
+    """`ahead` as a table, or a sentence."""
+    body = [[factor, level, told(first), told(second)] for factor, level, first, second in ahead(table, pair)]
+    if not body:
+        return "None: at no level does the interval over the tuning concepts lie above zero."
+    return _rows(["factor", "level", "tuning", "reporting"], body)
+
+
+def judge_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
+    """What the sentence judge makes of steered continuations."""
+    body = []
+    for name in concepts:
+        arms = {who: table.items(pair, name, "judge", "rollouts", who) for who in ("native", "expert", "untrained")}
+        if arms["expert"] is not None:
+            random = table.null(pair, name, "judge", "rollouts", "random")
+            body.append(
+                [
+                    name,
+                    str(len(arms["expert"])),
+                    *("" if a is None else told(one(a)) for a in arms.values()),
+                    f"{random:.2f}",
+                ]
+            )
+    return _rows(["concept", "n", "native", "expert", "untrained", "random"], body)
 
 
 def draw(table: Table, pair: str, concepts: Sequence[str], path: Path) -> None:
     """Expert, untrained and controls as shares of native, a row for each concept."""
     fig, ax = figure(8, 0.5 * len(concepts) + 1.5)
     marks = {"expert": "o", "untrained": "s", "text_features": "^"}
+    concepts = [name for name in concepts if table.items(pair, name, *BASE, "native") is not None]
     for row, name in enumerate(reversed(concepts)):
-        key = (pair, name, "base", "recommended")
-        unit = table.items(*key, "native")
-        if unit is None:
-            continue
+        key = (pair, name, *BASE)
+        unit = table.arm(pair, [name], *BASE, "native")[name]
         for color, (who, mark) in enumerate(marks.items()):
             items = table.items(*key, who)
             if items is not None:
                 value, low, high = one(items, None, unit)
                 ax.errorbar(value, row + 0.15 * (1 - color), xerr=[[max(0, value - low)], [max(0, high - value)]], fmt=mark, ms=5,
-                            capsize=2, color=f"C{color}", label=who if row == 0 else None)  # fmt: skip
-        bar = table.bar(*key, "random") / unit.mean()
-        ax.plot([-bar, bar], [row - 0.3] * 2, color="0.6", lw=3, label="random, 95 % of |effect|" if row == 0 else None)
+                            capsize=2, color=f"C{color}", label=None if row else who)  # fmt: skip
+        bar = table.null(*key, "random") / unit.mean()
+        ax.plot([-bar, bar], [row - 0.3] * 2, color="0.6", lw=3, label=None if row else "random, 19 of 20 draws")
     ax.axvline(0, color="0.6", lw=0.8)
     ax.axvline(1, color="0.6", lw=0.8, ls=":")
     ax.set_yticks(range(len(concepts)), labels=[f"{n}{' (tuning)' if n in TUNING else ''}" for n in reversed(concepts)])
@@ -196,13 +236,47 @@ def draw(table: Table, pair: str, concepts: Sequence[str], path: Path) -> None:
     fig.savefig(path, dpi=110)
 
 
-def summary(table: Table) -> str:
-    """What `python -m evidence` prints at the end."""
-    parts = []
+def tables(table: Table) -> dict[str, str]:
+    """Every table by its name, such as `base gemma-smol reporting`."""
+    found = {}
     for pair in dict.fromkeys(line["pair"] for line in table.lines):
         for title, concepts in (("reporting", REPORTING), ("tuning", TUNING)):
-            found = medians(table, pair, concepts, "base", "recommended")
-            if found[0] is not None:
-                parts += [f"{pair}, {title} concepts", base_table(table, pair, concepts),
-                          factor_table(table, pair, concepts), ""]  # fmt: skip
-    return "\n".join(parts)
+            if table.arm(pair, concepts, *BASE, "expert"):
+                found[f"base {pair} {title}"] = base_table(table, pair, concepts)
+            if any(medians(table, pair, concepts, *level)["expert"] for level in table.levels(pair) if level != BASE):
+                found[f"factors {pair} {title}"] = factor_table(table, pair, concepts)
+        if table.arm(pair, REPORTING, "judge", "rollouts", "expert"):
+            found[f"judge {pair}"] = judge_table(table, pair, REPORTING)
+        if f"factors {pair} tuning" in found:
+            found[f"ahead {pair}"] = ahead_table(table, pair)
+    return found
+
+
+def filled(text: str, table: Table) -> str:
+    """A page with its tables made anew: each stands between `<!-- table: NAME -->` and `<!-- end -->`.
+
+    Raises:
+        KeyError: the page names a table that the results do not give.
+    """
+    made = tables(table)
+
+    def put(found: re.Match[str]) -> str:
+        return f"<!-- table: {found[1]} -->\n{made[found[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", put, text, flags=re.DOTALL)
+
+
+def publish(lines: Iterable[Line], page: Path) -> None:
+    """Writes a page's tables, its figure and the lines that they are made of, to `results.jsonl` and `.png` beside it."""
+    lines = list(lines)
+    table = Table(lines)
+    folder = page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw(table, lines[0]["pair"], [*REPORTING, *TUNING], folder / "base.png")
+    page.write_text(filled(page.read_text(), table))
+
+
+def summary(table: Table) -> str:
+    """What `python -m evidence` prints at the end."""
+    return "\n\n".join(f"{name}\n\n{text}" for name, text in tables(table).items())

@@ -24,7 +24,7 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from ._linear import Kind, best_scale, chain, check_kind, gcv_errors, shrunk_inverse, thin_svd
+from ._linear import Kind, best_scale, chain, check_kind, gcv_errors, projected, shrunk_inverse, thin_svd
 from ._numeric import as_matrix, like, unit
 
 A = TypeVar("A", bound="Aligner")
@@ -150,8 +150,8 @@ class Aligner(TransformerMixin, BaseEstimator):
 class RidgeAligner(Aligner):
     """Affine least squares on paired anchors with a relative L2 penalty: alpha * tr(XᵀX) / d_expert.
 
-    One thin SVD of each side (the dual form when n < d); the reverse map, for covectors, has a penalty of its own.
-    Linear maps between models: arXiv 2501.02009, 2506.06609.
+    One thin SVD of each side (the dual form when n < d, the Gram matrix when n is large); the reverse map, for covectors,
+    has a penalty of its own. Linear maps between models: arXiv 2501.02009, 2506.06609.
 
     Args:
         alpha: relative penalty of both maps, or "gcv": the least generalised cross-validation error (Golub, Heath and
@@ -185,17 +185,16 @@ class RidgeAligner(Aligner):
         """`(XᵀX + penalty I)⁻¹ XᵀY` of centred `X`, `Y`, and the relative penalty."""
         if self.max_rank is not None and self.max_rank < 1:
             raise ValueError(f"max_rank is {self.max_rank}: it must be at least 1, or None for full rank.")
-        U, s, Vt = thin_svd(X)
-        alpha, penalty = self._penalty(U, s, X.shape[1], Y)
-        projected = U.T @ Y
-        coef = Vt.T @ ((s / (s.square() + penalty))[:, None] * projected)
+        s, Vt, on_left = projected(X, Y, exact=self.alpha == 0)
+        alpha, penalty = self._penalty(s, on_left, X.shape[1], Y)
+        coef = Vt.T @ ((s / (s.square() + penalty))[:, None] * on_left)
         if self.max_rank is not None and self.max_rank < Y.shape[1]:
-            fitted = (s.square() / (s.square() + penalty))[:, None] * projected  # the fitted values, in U's coordinates
+            fitted = (s.square() / (s.square() + penalty))[:, None] * on_left  # the fitted values, in U's coordinates
             P = torch.linalg.svd(fitted, full_matrices=False).Vh[: self.max_rank]
             coef = (coef @ P.T) @ P
         return coef, alpha
 
-    def _penalty(self, U: Tensor, s: Tensor, width: int, Y: Tensor) -> tuple[float, Tensor]:
+    def _penalty(self, s: Tensor, on_left: Tensor, width: int, Y: Tensor) -> tuple[float, Tensor]:
         """The relative penalty and the absolute one."""
         unit_penalty = s.square().sum() / width
         alpha = self.alpha
@@ -204,7 +203,7 @@ class RidgeAligner(Aligner):
                 raise ValueError(f"alpha is {alpha!r}: it must be 'gcv' or a number >= 0.")
             low, high = self.alpha_range
             grid = torch.as_tensor(np.geomspace(low, high, self.n_alphas)).to(s)
-            alpha = float(grid[gcv_errors(U, s, Y, grid * unit_penalty).argmin()])
+            alpha = float(grid[gcv_errors(s, on_left, Y, grid * unit_penalty).argmin()])
         elif alpha < 0:
             raise ValueError(f"alpha is {alpha}: it must be 'gcv' or a number >= 0.")
         return float(alpha), alpha * unit_penalty

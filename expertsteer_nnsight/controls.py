@@ -115,7 +115,7 @@ def _permuted(aligner: Aligner, X: Tensor, Y: Tensor, v: Tensor, kind: Kind, ord
         forward = kind == "displacement"
         source, other = (X - X.mean(0), Y - Y.mean(0)) if forward else (Y - Y.mean(0), X - X.mean(0))
         U, s, Vt = thin_svd(source)
-        alpha, penalty = aligner._penalty(U, s, source.shape[1], other)
+        alpha, penalty = aligner._penalty(s, U.T @ other, source.shape[1], other)
         if aligner.max_rank is not None:
             return _refitted(aligner._copy().set_params(alpha=alpha), X, Y, v, kind, orders)
         pinv = (Vt.T * (s / (s.square() + penalty))) @ U.T

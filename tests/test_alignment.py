@@ -252,9 +252,22 @@ def test_gcv_is_the_hat_matrix_formula(n):
         errors.append(((Y - H @ Y) ** 2).sum() / n / (1 - np.trace(H) / n) ** 2)
     U, s, _ = _linear.thin_svd(torch.as_tensor(centred(X)))
     penalties = torch.as_tensor(grid) * (s**2).sum() / 9
-    assert_allclose(_linear.gcv_errors(U, s, torch.as_tensor(centred(Y)), penalties).numpy(), errors, rtol=1e-6)
+    target = torch.as_tensor(centred(Y))
+    assert_allclose(_linear.gcv_errors(s, U.T @ target, target, penalties).numpy(), errors, rtol=1e-6)
     a = RidgeAligner(alpha_range=(1e-4, 1e2), n_alphas=13).fit(X, Y)
     assert a.alpha_ == pytest.approx(grid[np.argmin(errors)])
+
+
+def test_ridge_of_many_rows_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    # columns whose scales span six decades, as those of a model's states do, and two that are the same
+    X = rng.normal(size=(200, 70)) * np.geomspace(1e3, 1e-3, 70)
+    X[:, 1] = X[:, 0]
+    Y = X @ rng.normal(size=(70, 4)) + rng.normal(size=(200, 4))
+    for alpha in ("gcv", 1e-6, 0.1):
+        a = RidgeAligner(alpha=alpha).fit(X, Y)
+        penalty = a.alpha_ * np.trace(centred(X).T @ centred(X)) / 70
+        assert_allclose(a.transform(X), Ridge(alpha=penalty, solver="svd").fit(X, Y).predict(X), rtol=1e-6, atol=1e-4)
 
 
 def test_gcv_chooses_near_the_best_leave_one_out_penalty():

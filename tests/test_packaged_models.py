@@ -277,7 +277,8 @@ def test_every_pinned_hash_is_one():
 
 def test_unknown_name():
     with pytest.raises(
-        ValueError, match=r"called 'gpt-5': there are SmolLM2-135M-Instruct, gemma-3-270m, all-MiniLM-L6-v2, Qwen2\.5-.+\."
+        ValueError,
+        match=r"called 'gpt-5': there are SmolLM2-135M-Instruct, gemma-3-270m, all-MiniLM-L6-v2, Qwen2\.5-.+\.",
     ):
         model_path("gpt-5")
 

@@ -1,0 +1,137 @@
+"""One pair of models and one concept: the states that all arms share, and what is fitted on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import expertsteer_nnsight as es
+from evidence.concepts import Concept
+from evidence.models import PAIRS, States, model
+from expertsteer_nnsight.activations import Activations
+from expertsteer_nnsight.positions import prefix_ids
+from expertsteer_nnsight.steering import SteeringPlan
+from expertsteer_nnsight.word_ends import shared_ends
+
+UNTRAINED = (1, 2, 3)
+JUDGED = 200  # unlabelled texts that a model judges by itself
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A plan and where it stands in the study.
+
+    Attributes:
+        factor: what is varied; "base" for the recommended setting and its controls.
+        level: the value of the factor.
+        who: expert, native, untrained, text_features, permuted or random.
+        draw: seed or number of the draw.
+        plan: the plan.
+        items: how many items it is scored on; all if None.
+    """
+
+    factor: str
+    level: str
+    who: str
+    draw: int
+    plan: SteeringPlan
+    items: int | None = None
+
+
+@dataclass
+class Cell:
+    """States of one pair of models and one concept.
+
+    Attributes:
+        pair: name in `PAIRS`.
+        concept: the concept.
+        anchors: generic texts.
+        states: reads states.
+        ends: at how many further places of each generic text both models are read.
+        untrained: seeds of the untrained experts.
+    """
+
+    pair: str
+    concept: Concept
+    anchors: list[str]
+    states: States
+    ends: int = 0
+    untrained: tuple[int, ...] = UNTRAINED
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.expert, self.target = PAIRS[self.pair]
+        self.others = [f"{self.expert}~{seed}" for seed in self.untrained]
+        self.texts = [text for both in self.concept.pairs for text in both]
+        self.labels = [1, 0] * len(self.concept.pairs)
+        self.groups = [i for i in range(len(self.concept.pairs)) for _ in range(2)]
+        ends = None
+        if self.ends:
+            known = [(t, len(prefix_ids(t))) for t in (model(name).tokenizer for name in (self.expert, self.target))]
+            ends = shared_ends(self.anchors, known, self.ends)
+        self.kinds = {"generic": (self.anchors, ends), "in_domain": (self.concept.in_domain[:1000], None)}
+
+    def prefixes(self, whole: bool) -> list[str]:
+        """The generic texts up to each place where they are read."""
+        ends = self.kinds["generic"][1]
+        if whole or ends is None:
+            return self.anchors
+        return [t if e is None else t[:e] for t, mine in zip(self.anchors, ends, strict=True) for e in (*mine, None)]
+
+    def labelled(self, who: str) -> Activations:
+        """States of the labelled texts."""
+        return self._kept(("labelled", who), lambda: self.states(who, self.texts).take(slice(None)))
+
+    def read(self, who: str, kind: str = "generic", texts: int | None = None, whole: bool = True) -> Activations:
+        """States of anchors.
+
+        Args:
+            who: a model.
+            kind: a key of `kinds`, or several with a plus between.
+            texts: the first so many.
+            whole: at the texts' ends only.
+        """
+
+        def joined() -> Activations:
+            return Activations.joined([self.states(who, *self.kinds[k]) for k in kind.split("+")])
+
+        found = self._kept((kind, who), joined)
+        found = found.whole if whole else found
+        if texts is None:
+            return found
+        of = found.text_of or range(found.n_texts)
+        return found.take([i for i, text in enumerate(of) if text < texts])
+
+    def _kept(self, key: tuple[str, str], read: Callable[[], Any]) -> Any:
+        if key not in self.memory:
+            self.memory[key] = read()
+        return self.memory[key]
+
+    def fit(
+        self, steer: es.ExpertSteer, who: str, pairs: int | None = None, labels: Any = None, **anchors: Any
+    ) -> SteeringPlan:
+        """A plan from the states of `who`, with the first of the labelled pairs or other labels; `anchors` as in `read`."""
+        keep = slice(None) if pairs is None else slice(2 * pairs)
+        given = self.labels if labels is None else labels
+        x, theirs, own = self.labelled(who).take(keep), self.read(who, **anchors), self.read(self.target, **anchors)
+        return steer.fit_activations(x, given[keep], theirs, own, self.groups[keep])
+
+    def judged(self, steer: es.ExpertSteer, who: str, judge: str, **anchors: Any) -> SteeringPlan:
+        """A plan from the states of `who` of unlabelled in-domain texts, with `judge`'s own view of them as real labels."""
+        texts = self.concept.in_domain[-JUDGED:]
+        x = self._kept(("judged", who), lambda: self.states(who, texts).take(slice(None)))
+        y = self._kept(("margin", judge), lambda: self._margins(judge, texts))
+        return steer.fit_activations(x, y, self.read(who, **anchors), self.read(self.target, **anchors))
+
+    def _margins(self, who: str, texts: list[str]) -> list[float]:
+        """Log-probability of the one answer over the other to the concept's question about each text, nats."""
+        question, yes, no = self.concept.question
+        return es.Choices([(text + question, yes, no) for text in texts]).score(model(who), [])[0].tolist()
+
+    def noisy(self, share: float) -> list[int]:
+        """Labels of which a share is flipped, pair by pair, so that the classes stay equally large."""
+        flip = np.random.default_rng(0).permutation(len(self.concept.pairs)) < share * len(self.concept.pairs)
+        return [label ^ int(flip[i // 2]) for i, label in enumerate(self.labels)]
