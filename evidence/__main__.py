@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--pairs", nargs="*", choices=list(PAIRS), default=list(PAIRS), help="models (default: all)")
     parser.add_argument("--concepts", nargs="*", choices=[*TUNING, *REPORTING], default=[*TUNING, *REPORTING])
-    parser.add_argument("--anchors", type=int, default=2000, help="generic texts (default: %(default)s)")
+    parser.add_argument(
+        "--anchors", type=int, default=2000, help="generic texts of the data sets (default: %(default)s)"
+    )
     parser.add_argument("--draws", type=int, default=10, help="of permuted and random arms (default: %(default)s)")
     parser.add_argument("--items", type=int, help="of the test items, the first so many (default: all)")
     parser.add_argument("--only-base", action="store_true", help="vary no factor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from evidence.models import PAIRS, States, model
 from expertsteer_nnsight.activations import Activations
 from expertsteer_nnsight.positions import prefix_ids
 from expertsteer_nnsight.steering import SteeringPlan
+from expertsteer_nnsight.texts import Position
 from expertsteer_nnsight.word_ends import shared_ends
 
 UNTRAINED = (1, 2, 3)
+ENDS = 4  # further places of each generic text, where they are read
 JUDGED = 200  # unlabelled texts that a model judges by itself
 
 
@@ -50,7 +53,6 @@ class Cell:
         concept: the concept.
         anchors: generic texts.
         states: reads states.
-        ends: at how many further places of each generic text both models are read.
         untrained: seeds of the untrained experts.
     """
 
@@ -58,7 +60,6 @@ class Cell:
     concept: Concept
     anchors: list[str]
     states: States
-    ends: int = 0
     untrained: tuple[int, ...] = UNTRAINED
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -68,44 +69,37 @@ class Cell:
         self.texts = [text for both in self.concept.pairs for text in both]
         self.labels = [1, 0] * len(self.concept.pairs)
         self.groups = [i for i in range(len(self.concept.pairs)) for _ in range(2)]
-        ends = None
-        if self.ends:
-            known = [(t, len(prefix_ids(t))) for t in (model(name).tokenizer for name in (self.expert, self.target))]
-            ends = shared_ends(self.anchors, known, self.ends)
-        self.kinds = {"generic": (self.anchors, ends), "in_domain": (self.concept.in_domain[:1000], None)}
+        known = [(t, len(prefix_ids(t))) for t in (model(name).tokenizer for name in (self.expert, self.target))]
+        self.kinds: dict[str, Callable[[], tuple[list[str], Any]]] = {
+            "generic": lambda: (self.anchors, None),
+            "ends": lambda: (self.anchors, shared_ends(self.anchors, known, ENDS)),
+            "in_domain": lambda: (self.concept.in_domain[:1000], None),
+        }
 
-    def prefixes(self, whole: bool) -> list[str]:
-        """The generic texts up to each place where they are read."""
-        ends = self.kinds["generic"][1]
-        if whole or ends is None:
-            return self.anchors
-        return [t if e is None else t[:e] for t, mine in zip(self.anchors, ends, strict=True) for e in (*mine, None)]
-
-    def labelled(self, who: str) -> Activations:
+    def labelled(self, who: str, position: Position = "last") -> Activations:
         """States of the labelled texts."""
-        return self._kept(("labelled", who), lambda: self.states(who, self.texts).take(slice(None)))
+        read = partial(self.states, who, self.texts, None, position)
+        return self._kept(("labelled", who, position), lambda: read().take(slice(None)))
 
-    def read(self, who: str, kind: str = "generic", texts: int | None = None, whole: bool = True) -> Activations:
+    def read(
+        self, who: str, kind: str = "generic", texts: int | None = None, position: Position = "last"
+    ) -> Activations:
         """States of anchors.
 
         Args:
             who: a model.
             kind: a key of `kinds`, or several with a plus between.
             texts: the first so many.
-            whole: at the texts' ends only.
+            position: which token's state stands for a text.
         """
 
         def joined() -> Activations:
-            return Activations.joined([self.states(who, *self.kinds[k]) for k in kind.split("+")])
+            return Activations.joined([self.states(who, *self.kinds[k](), position) for k in kind.split("+")])
 
-        found = self._kept((kind, who), joined)
-        found = found.whole if whole else found
-        if texts is None:
-            return found
-        of = found.text_of or range(found.n_texts)
-        return found.take([i for i, text in enumerate(of) if text < texts])
+        found = self._kept((kind, who, position), joined)
+        return found if texts is None else found.take(slice(texts))
 
-    def _kept(self, key: tuple[str, str], read: Callable[[], Any]) -> Any:
+    def _kept(self, key: tuple[Any, ...], read: Callable[[], Any]) -> Any:
         if key not in self.memory:
             self.memory[key] = read()
         return self.memory[key]
@@ -116,7 +110,8 @@ class Cell:
         """A plan from the states of `who`, with the first of the labelled pairs or other labels; `anchors` as in `read`."""
         keep = slice(None) if pairs is None else slice(2 * pairs)
         given = self.labels if labels is None else labels
-        x, theirs, own = self.labelled(who).take(keep), self.read(who, **anchors), self.read(self.target, **anchors)
+        x = self.labelled(who, anchors.get("position", "last")).take(keep)
+        theirs, own = (self.read(name, **anchors) for name in (who, self.target))
         return steer.fit_activations(x, given[keep], theirs, own, self.groups[keep])
 
     def judged(self, steer: es.ExpertSteer, who: str, judge: str, **anchors: Any) -> SteeringPlan:

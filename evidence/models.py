@@ -9,7 +9,7 @@ from typing import Any
 import expertsteer_nnsight as es
 from expertsteer_nnsight.activations import Activations
 from expertsteer_nnsight.packaged_models import model_path
-from expertsteer_nnsight.texts import texts_hash
+from expertsteer_nnsight.texts import Position, texts_hash
 
 FILES = {"gemma": "gemma-3-270m", "smol": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
 PAIRS = {"gemma-smol": ("gemma", "smol"), "smol-gemma": ("smol", "gemma"), "qwen-smol": ("qwen", "smol")}
@@ -36,7 +36,8 @@ class States:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, name: str, texts: list[Any], ends: Any = None) -> Activations:
-        """Last-token states of every layer, and those at `ends` within the texts."""
+    def __call__(self, name: str, texts: list[Any], ends: Any = None, position: Position = "last") -> Activations:
+        """States of every layer at a position of each text, and those at `ends` within the texts."""
         key = texts_hash([*texts, *map(str, ends or ())])
-        return es.collect(model(name), texts, ends=ends, cache=self.folder / f"{name}-{key}", progress=False)
+        folder = self.folder / f"{'' if position == 'last' else f'{position}-'}{name}-{key}"
+        return es.collect(model(name), texts, position=position, ends=ends, cache=folder, progress=False)

@@ -28,11 +28,12 @@ from evidence.models import PAIRS, States, model
 from expertsteer_nnsight.calibration import either_sign, neutral_tokens, with_total
 from expertsteer_nnsight.effects import Effect
 from expertsteer_nnsight.judge import SentenceJudge
+from expertsteer_nnsight.steering import SteeringPlan
 
-ENDS = 4  # further places of each generic text
 CHUNK = 16  # plans whose results are written at once
 NULLS = ("permuted", "random")
 JUDGE_DRAWS = 4  # random draws that a judge sees
+DOSE = ("strength", "kl_p95", "met", "nll")
 Line = dict[str, Any]
 
 
@@ -97,34 +98,52 @@ class Measuring:
         """
         missing = [a for a in arms if not self.has(a.factor, a.level, a.who, a.draw)]
 
-        def kind(arm: Arm) -> tuple[Any, ...]:  # what shares forwards
-            return arm.who in NULLS, arm.items or 0, arm.plan.layers
+        def kind(arm: Arm) -> tuple[Any, ...]:  # what shares forwards, and random plans by themselves
+            return arm.who == "random", arm.who in NULLS, arm.items or 0, arm.plan.layers
 
-        for (null, items, _), group in groupby(sorted(missing, key=kind), kind):
+        for (_, null, items, _), group in groupby(sorted(missing, key=kind), kind):
             mine = list(group)
             for at in range(0, len(mine), CHUNK):
                 self._chunk(mine[at : at + CHUNK], effect[:items] if items else effect, 0.1 if null else 0.03)
 
     def _chunk(self, arms: list[Arm], effect: Effect, tolerance: float) -> None:
-        layers = len(arms[0].plan.layers)
-        found, ready = either_sign(
-            self.target, [a.plan for a in arms], self.neutral, tolerance=tolerance, start=self.start.get(layers, 0.3)
-        )
-        self.start[layers] = statistics.median(found.strength.tolist())
-        scores = effect.score(self.target, ready)[1:]
+        doses = self._doses(arms, tolerance)
+        ready = [_at(a.plan, dose) for a, dose in zip(arms, doses, strict=True)]
+        scores = effect.score(self.target, [plan for both in ready for plan in both])[1:]
         lines = []
-        for i, arm in enumerate(arms):
-            mine = slice(2 * i, 2 * i + 2)
+        for i, (arm, dose) in enumerate(zip(arms, doses, strict=True)):
             steps = arm.plan.info.get("pairs", [])
             lines.append({
-                **self._line(arm, *scores[mine]),
-                "strength": [round(x, 5) for x in found.strength[mine].tolist()],
-                "kl_p95": [round(x, 4) for x in found.kl[mine].tolist()], "met": bool(found.met[mine].all()),
-                "nll": [round(x, 4) for x in found.nll[mine].tolist()],
-                "layers": [[s["expert_layer"], s["target_layer"]] for s in steps],
+                **self._line(arm, *scores[2 * i : 2 * i + 2]), **dose,
+                "layers": [[s["expert_layer"], s["target_layer"]] for s in steps] or [[None, t] for t in arm.plan.layers],
                 "r2": [s["held_out_r2"] for s in steps], "auc": [s.get("held_out_auc") for s in steps],
             })  # fmt: skip
         self.results.add(lines)
+
+    def _doses(self, arms: list[Arm], tolerance: float) -> list[Line]:
+        """Strength, KL, whether it meets the budget, and NLL of each arm, towards and away."""
+        # random plans at the same layers are the same whatever the concept
+        layers = list(arms[0].plan.layers)
+        known = {
+            line["draw"]: {k: line[k] for k in DOSE}
+            for line in self.results.lines
+            if (line["pair"], line["who"]) == (self.where["pair"], "random")
+            and [t for _, t in line.get("layers", [])] == layers
+        }
+        if all(a.who == "random" and a.draw in known for a in arms):
+            return [known[a.draw] for a in arms]
+        plans, start = [a.plan for a in arms], self.start.get(len(layers), 0.3)
+        found, _ = either_sign(self.target, plans, self.neutral, tolerance=tolerance, start=start)
+        self.start[len(layers)] = statistics.median(found.strength.tolist())
+        places = [slice(2 * i, 2 * i + 2) for i in range(len(arms))]
+        return [
+            {
+                "strength": [round(x, 5) for x in found.strength[mine].tolist()],
+                "kl_p95": [round(x, 4) for x in found.kl[mine].tolist()], "met": bool(found.met[mine].all()),
+                "nll": [round(x, 4) for x in found.nll[mine].tolist()],
+            }
+            for mine in places
+        ]  # fmt: skip
 
     def _line(self, arm: Arm, up: Tensor, down: Tensor) -> Line:
         return {
@@ -148,12 +167,16 @@ class Measuring:
             Results.key({**self.where, "factor": a.factor, "level": a.level, "who": a.who, "draw": a.draw})
             for a in arms
         ]
-        known = {Results.key(line): line["strength"] for line in self.results.lines if "strength" in line}
+        known = {Results.key(line): line for line in self.results.lines if "strength" in line}
         for arm, place in zip(arms, key, strict=True):
             if not self.has("judge", "rollouts", arm.who, arm.draw):
-                ready = [with_total(sign * arm.plan, x) for sign, x in zip((1.0, -1.0), known[place], strict=True)]
-                up, down = effect.score(self.target, ready)[1:]
+                up, down = effect.score(self.target, _at(arm.plan, known[place]))[1:]
                 self.results.add([self._line(Arm("judge", "rollouts", arm.who, arm.draw, arm.plan), up, down)])
+
+
+def _at(plan: SteeringPlan, dose: Line) -> list[SteeringPlan]:
+    """A plan towards and away, at the strengths of a line."""
+    return [with_total(sign * plan, x) for sign, x in zip((1.0, -1.0), dose["strength"], strict=True)]
 
 
 def run(
@@ -176,14 +199,15 @@ def run(
         pairs: names in `PAIRS`.
         concepts: names of concepts.
         vary: vary factors on the first pair.
-        anchors: how many generic texts.
+        anchors: how many generic texts of the data sets, beside the project's own.
         draws: of the permuted and random arms.
-        own: take the project's own generic texts, which need no data set.
+        own: take the project's own generic texts alone, the first `anchors` of them, which need no data set.
         items: score the first so many of the test items; all of them if None.
     """
     results, states = Results(out / "results.jsonl"), States(out / "states")
-    texts = es.example("general")[:anchors] if own else generic(data, anchors)
-    first, least = next(iter(PAIRS)), es.ExpertSteer.recommended().anchor_ends
+    general = es.example("general")
+    texts = general[:anchors] if own else [*general, *generic(data, anchors)]
+    first = next(iter(PAIRS))
     # every base first: if time runs out, factors are what is left
     work = [(pair, name, False) for pair in pairs for name in concepts]
     work += [(first, name, True) for name in concepts] if vary and first in pairs else []
@@ -191,7 +215,7 @@ def run(
         for pair, name, varied in bar:
             started = time.time()
             bar.set_postfix_str(f"{pair}, {name}{', factors' if varied else ''}")
-            cell = Cell(pair, concept(name, data), texts, states, ENDS if varied else least)
+            cell = Cell(pair, concept(name, data), texts, states)
             measuring, effect = Measuring(cell, results), es.Choices(cell.concept.test[:items])
             if varied:
                 done = [line for line in results.lines if (line["pair"], line["concept"]) == (pair, name)]

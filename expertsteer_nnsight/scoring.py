@@ -89,8 +89,9 @@ def _row_costs(logits: Tensor, ids: Tensor) -> list[Tensor]:
     base = torch.log_softmax(logits[0].float(), -1)
     for row in logits:
         mine = torch.log_softmax(row.float(), -1)
-        kl.append((mine.exp() * (mine - base)).sum(-1).clamp_min(0))
         nll.append(-mine[:-1].gather(-1, ids[1:, None])[:, 0])
+        gap = mine - base
+        kl.append(gap.mul_(mine.exp_()).sum(-1).clamp_min(0))  # in place: fresh memory costs more than the arithmetic
     return [torch.stack(kl), torch.stack(nll)]
 
 

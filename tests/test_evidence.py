@@ -109,7 +109,7 @@ def test_the_study_goes_on_where_it_stopped_and_repeats_itself(small, tmp_path, 
 @pytest.mark.filterwarnings("ignore:.*")
 def test_every_factor_makes_its_arms(small, tmp_path):
     cell = Cell("gemma-smol", evidence.study.concept("sentiment", Data(None)), example("general")[:60],
-                evidence.models.States(tmp_path), 2)  # fmt: skip
+                evidence.models.States(tmp_path))  # fmt: skip
     measuring = Measuring(cell, Results(tmp_path / "results.jsonl"))
     _, layers = evidence.arms.base(cell, 1)
     arms = list(evidence.arms.factors(cell, layers, measuring.neutral, measuring.has))
@@ -129,10 +129,12 @@ def test_every_factor_makes_its_arms(small, tmp_path):
     for factor, level in {(a.factor, a.level) for a in arms}:
         whos = [a.who for a in arms if (a.factor, a.level) == (factor, level)]
         assert whos.count("expert") == 1
-        # what stays the same for native needs no native; no arm is judged by one untrained expert
-        assert whos.count("untrained") == (0 if factor == "labels" else 2)
-        changes_native = factor in ("layers", "direction", "labelled pairs", "flipped labels", "labels")
-        assert whos.count("native") == (changes_native or (level == "in_domain" and factor == "preset"))
+        # an arm where the map changes is compared with two untrained experts, one where native changes with native
+        assert whos.count("untrained") == 2 * (
+            factor in ("preset", "aligner") or (factor == "anchors" and level != "further ends")
+        )
+        changed = factor in ("layers", "direction", "states", "labelled pairs", "flipped labels", "labels")
+        assert whos.count("native") == (changed or (factor, level) == ("preset", "in_domain"))
     measured = {k for k in keys if k[0] != "layers"}
     again = evidence.arms.factors(cell, layers, measuring.neutral, lambda *key: key in measured)
     assert {a.factor for a in again} == {"layers"}
@@ -190,6 +192,6 @@ def test_every_concept_has_its_instructions_and_its_question():
 @pytest.mark.real
 @pytest.mark.timeout(1800)
 def test_a_slice_of_the_study_runs_on_the_real_pair(tmp_path, capsys):
-    main(["--slice", "--out", str(tmp_path), "--anchors", "100", "--draws", "2", "--items", "12"])
+    main(["--slice", "--out", str(tmp_path), "--anchors", "100", "--draws", "2", "--items", "8"])
     out = capsys.readouterr().out
-    assert "base gemma-smol tuning" in out and "| sentiment | 12 |" in out
+    assert "base gemma-smol tuning" in out and "| sentiment | 8 |" in out
