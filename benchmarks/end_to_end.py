@@ -1,7 +1,4 @@
-"""Seconds of one concept from states to receipt: fit, controls, calibrate, receipt, with the states on disk.
-
-    python -m benchmarks.end_to_end
-"""
+"""`python -m benchmarks.end_to_end`: seconds from states on disk to a receipt, for one concept on the packaged pair."""
 
 from __future__ import annotations
 

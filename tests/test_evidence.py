@@ -118,6 +118,7 @@ def test_every_factor_makes_its_arms(small, tmp_path):
         "preset",
         "aligner",
         "layers",
+        "states",
         "direction",
         "anchors",
         "labelled pairs",
