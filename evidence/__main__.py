@@ -8,8 +8,9 @@ from pathlib import Path
 
 from evidence.concepts import REPORTING, TUNING, Data
 from evidence.models import PAIRS
-from evidence.report import Table, publish, summary
-from evidence.study import run
+from evidence.report import publish, summary
+from evidence.shares import Table
+from evidence.study import Results, run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,7 +25,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--anchors", type=int, default=2000, help="generic texts of the data sets (default: %(default)s)"
     )
-    parser.add_argument("--draws", type=int, default=10, help="of permuted and random arms (default: %(default)s)")
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=10,
+        help="of permuted and random arms (default: %(default)s)",
+    )
     parser.add_argument("--items", type=int, help="of the test items, the first so many (default: all)")
     parser.add_argument("--only-base", action="store_true", help="vary no factor")
     parser.add_argument(
@@ -33,9 +39,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--publish", type=Path, metavar="PAGE", help="write the tables into a page, and results beside it"
     )
+    parser.add_argument(
+        "--redraw", action="store_true", help="with --publish: measure nothing, take the results that are there"
+    )
     args = parser.parse_args(argv)
+    if args.slice and args.publish:
+        parser.error("--publish writes the whole study's page: leave --slice out.")
+    if args.redraw and not args.publish:
+        parser.error("--redraw needs a page: --publish PAGE.")
     if args.slice:
         args.concepts, args.pairs, args.only_base = ["sentiment"], ["gemma-smol"], True
+    if args.redraw:
+        publish(Results(args.out / "results.jsonl").lines, args.publish)
+        return
     results = run(
         Data(args.data),
         args.out,

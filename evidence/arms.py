@@ -16,7 +16,10 @@ from expertsteer_nnsight.steering import SteeringPlan
 
 Layers = list[tuple[int, int]]
 NULL_ITEMS = 32
+DRAWS = 2  # of few or wrong labels
+MANY = 200  # labelled pairs, where there are so many
 FACTOR_ITEMS = 32
+SWEPT = 12  # validation items of the sweep of layers
 ALIGNERS = {
     "autoencoder": es.AutoencoderAligner(),
     "procrustes": ProcrustesAligner(),
@@ -28,7 +31,7 @@ LAYERS = {
     "lowest_mi": {"score": "gaussian_mi", "select": "lowest", "band": (0.1, 0.9)},
     "highest_cka": {"score": "cka"},
 }
-DIRECTIONS = ("rfm", "pca", "logistic", "lda")
+DIRECTIONS = ("rfm", "pca", "logistic")
 recommended = es.ExpertSteer.recommended
 
 
@@ -45,7 +48,8 @@ def base(cell: Cell, draws: int = 10) -> tuple[list[Arm], Layers]:
     for who, made in controls.items():
         plans = [made] if isinstance(made, SteeringPlan) else made
         few = NULL_ITEMS if who in ("permuted", "random") else None
-        found += [Arm("base", "recommended", who, i, p, few) for i, p in enumerate(plans)]
+        seeds = cell.untrained if who == "untrained" else range(len(plans))
+        found += [Arm("base", "recommended", who, i, p, few) for i, p in zip(seeds, plans, strict=True)]
     return found, [(p.expert, p.target) for p in steer.pairs_]
 
 
@@ -57,7 +61,8 @@ def native(layers: Layers, **changes: Any) -> es.ExpertSteer:
 def factors(cell: Cell, layers: Layers, neutral: Any, has: Callable[..., bool]) -> Iterator[Arm]:
     """One factor at a time, at the base's layers unless the factor is the layers.
 
-    Every level has the expert; native too, where the level changes it; two untrained experts, where it changes the map.
+    Every level has the expert; native too, where the level changes it; two untrained experts at the levels that could carry the
+    labels over by themselves (presets, the auto-encoder, few or in-domain anchors, few or wrong labels).
 
     Args:
         cell: models and concept.
@@ -88,47 +93,78 @@ def factors(cell: Cell, layers: Layers, neutral: Any, has: Callable[..., bool]) 
     def reads(layers: Layers) -> Callable[[], es.ExpertSteer]:
         return lambda: es.ExpertSteer.in_domain(layers=layers)
 
-    yield from arms("preset", "paper", es.ExpertSteer.paper, seeds=2)
+    if not has("preset", "paper", "native", 0):  # the last one of the level
+        paper = _picked(cell, es.ExpertSteer.paper())
+        own = partial(es.ExpertSteer.paper, aligner=IdentityAligner(), layers=[(t, t) for _, t in paper])
+        yield from arms("preset", "paper", partial(es.ExpertSteer.paper, layers=paper), own, seeds=2)
     own = reads([(t, t) for _, t in layers])
     yield from arms("preset", "in_domain", reads(layers), own, seeds=2, kind="in_domain")
     for name, aligner in ALIGNERS.items():
-        yield from arms("aligner", name, at(aligner=aligner), seeds=2)
-    ways: dict[str, Callable[[], Layers]] = {k: partial(_picked, cell, **change) for k, change in LAYERS.items()}
+        yield from arms("aligner", name, at(aligner=aligner), seeds=2 * (name == "autoencoder"))
+    ways: dict[str, Callable[[], Layers]] = {
+        k: partial(_picked, cell, recommended(**change)) for k, change in LAYERS.items()
+    }
     ways["sweep"] = partial(_swept, cell, neutral)
     for name, pick in ways.items():
         if not has("layers", name, "native", 0):  # the last one of the level
             picked = pick()
             yield from arms("layers", name, at(layers=picked), itself(picked))
+    yield from arm(
+        "layers", "native's sweep", "native", 0, lambda: cell.fit(itself(_swept(cell, neutral, True))(), cell.target)
+    )
     for name in DIRECTIONS:
         yield from arms("direction", name, at(direction=name), itself(direction=name))
-    for n in (50, 200, 1000):
-        yield from arms("anchors", n, at(), seeds=2, texts=n)
+    words = [(0, t) for _, t in layers]  # text features have one layer
+    for n, draws in ((50, 2), (200, 2), (1000, 1)):
+        for draw in range(draws):
+            some = {"texts": cell.some(n, len(cell.anchors), draw)}
+            for who, of in [("expert", cell.expert)] + [("untrained", cell.others[draw])] * (n == 200):
+                yield from arm("anchors", str(n), who, draw, lambda w=of, h=some: cell.fit(at()(), w, **h))
     for kind in ("in_domain", "generic+in_domain"):
         yield from arms("anchors", kind, at(), seeds=2, kind=kind)
+    text = at(layers=words)
+    yield from arm("anchors", "in_domain", "text_features", 0, lambda: cell.fit_text(text(), kind="in_domain"))
     yield from arms("anchors", "further ends", at(), kind="ends")
     yield from arms("states", "mean of all tokens", at(), itself(), position="mean")
-    for n in (8, 32):
-        yield from arms("labelled pairs", n, at(), itself(), pairs=n)
-    for share in (0.2, 0.4):
-        yield from arms("flipped labels", share, at(), itself(), labels=cell.noisy(share))
-    for judge, who in (("expert", cell.expert), ("target", cell.target)):
-        level = f"the {judge}'s own view"
-        yield from arm("labels", level, "expert", 0, partial(cell.judged, at()(), cell.expert, who))
-        yield from arm("labels", level, "native", 0, partial(cell.judged, itself()(), cell.target, who))
+    # which pairs, and which labels are wrong, is drawn; each draw has an untrained expert of its own
+    for draw in range(DRAWS):
+        few: dict[str, dict[str, Any]] = {f"{n} pairs": {"pairs": cell.some(n, len(cell.pairs), draw)} for n in (8, 32)}
+        for level, how in {**few, "30 % flipped": {"labels": cell.noisy(0.3, draw)}}.items():
+            makes: list[tuple[str, Any, str]] = [("expert", at(), cell.expert), ("untrained", at(), cell.others[draw])]
+            for who, make, of in [*makes, ("native", itself(), cell.target)]:
+                yield from arm("labels", level, who, draw, lambda m=make, w=of, h=how: cell.fit(m(), w, **h))
+            yield from arm("labels", level, "text_features", draw, lambda h=how: cell.fit_text(text(), **h))
+    if len(cell.concept.pairs) >= MANY:
+        yield from arms("labels", f"{MANY} pairs", at(), itself(), pairs=range(MANY))
+    # no labels: the expert's view of unlabelled texts, which an untrained net reads for it, against the target's own
+    views = [("expert", 0, at(), cell.expert, cell.expert), ("native", 0, itself(), cell.target, cell.target)]
+    views += [
+        ("untrained", seed, at(), name, cell.expert)
+        for seed, name in zip(cell.untrained[:2], cell.others, strict=False)
+    ]
+    for who, draw, make, of, judge in views:
+        yield from arm("labels", "own view", who, draw, lambda m=make, w=of, j=judge: cell.judged(m(), w, j))
 
 
-def _picked(cell: Cell, **change: Any) -> Layers:
-    steer = recommended(**change)
+def _picked(cell: Cell, steer: es.ExpertSteer) -> Layers:
+    steer.set_params(aligner=es.RidgeAligner(), direction="mean_difference")  # the pairs depend on neither
     cell.fit(steer, cell.expert)
     return [(p.expert, p.target) for p in steer.pairs_]
 
 
-def _swept(cell: Cell, neutral: Any) -> Layers:
-    """Layers by what steering there does to the validation items."""
+def _swept(cell: Cell, neutral: Any, own: bool = False) -> Layers:
+    """Layers by what steering there does to the validation items, of the expert's or of the target's `own` directions."""
+    who = cell.target if own else cell.expert
     steer = recommended(select="sweep")
-    validation = Validation(es.Choices(cell.concept.validation), neutral)
+    validation = Validation(es.Choices(cell.concept.validation[:SWEPT]), neutral)
+    if own:  # every layer by itself
+        _, layers = steer.wanted_layers(*(cell.read(cell.target).model,) * 2)
+        steer.set_params(aligner=IdentityAligner(), layers=[(t, t) for t in layers])
+        plan = cell.fit(steer, cell.target)
+        found = sweep(model(cell.target), plan, steer.pairs_, validation)[: recommended().n_pairs]
+        return [(p.expert, p.target) for p, _ in found]
     steer.fit_activations(
-        cell.labelled(cell.expert), cell.labels, cell.read(cell.expert), cell.read(cell.target), cell.groups,
+        cell.labelled(who), cell.labels, cell.read(who), cell.read(cell.target), cell.groups,
         lambda plan, pairs: sweep(model(cell.target), plan, pairs, validation),
     )  # fmt: skip
     return [(p.expert, p.target) for p in steer.pairs_]

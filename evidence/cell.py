@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import expertsteer_nnsight as es
 from evidence.concepts import Concept
 from evidence.models import PAIRS, States, model
 from expertsteer_nnsight.activations import Activations
+from expertsteer_nnsight.control_arms import text_features
 from expertsteer_nnsight.positions import prefix_ids
 from expertsteer_nnsight.steering import SteeringPlan
 from expertsteer_nnsight.texts import Position
@@ -20,7 +21,8 @@ from expertsteer_nnsight.word_ends import shared_ends
 
 UNTRAINED = (1, 2, 3)
 ENDS = 4  # further places of each generic text, where they are read
-JUDGED = 200  # unlabelled texts that a model judges by itself
+JUDGED = 100  # in-domain texts that a model judges by itself
+PAIRS_USED = 100  # labelled pairs of a fit, unless their number is what is varied
 
 
 @dataclass(frozen=True)
@@ -66,30 +68,33 @@ class Cell:
     def __post_init__(self) -> None:
         self.expert, self.target = PAIRS[self.pair]
         self.others = [f"{self.expert}~{seed}" for seed in self.untrained]
-        self.texts = [text for both in self.concept.pairs for text in both]
-        self.labels = [1, 0] * len(self.concept.pairs)
-        self.groups = [i for i in range(len(self.concept.pairs)) for _ in range(2)]
+        self.pairs = list(range(len(self.concept.pairs)))[:PAIRS_USED]
+        self.texts = [text for i in self.pairs for text in self.concept.pairs[i]]
+        self.labels = [1, 0] * len(self.pairs)
+        self.groups = [i for i in self.pairs for _ in range(2)]
         known = [(t, len(prefix_ids(t))) for t in (model(name).tokenizer for name in (self.expert, self.target))]
         self.kinds: dict[str, Callable[[], tuple[list[str], Any]]] = {
             "generic": lambda: (self.anchors, None),
             "ends": lambda: (self.anchors, shared_ends(self.anchors, known, ENDS)),
-            "in_domain": lambda: (self.concept.in_domain[:1000], None),
+            "in_domain": lambda: (self.concept.in_domain, None),
         }
 
-    def labelled(self, who: str, position: Position = "last") -> Activations:
-        """States of the labelled texts."""
-        read = partial(self.states, who, self.texts, None, position)
-        return self._kept(("labelled", who, position), lambda: read().take(slice(None)))
+    def labelled(self, who: str, position: Position = "last", pairs: Sequence[int] | None = None) -> Activations:
+        """States of the texts of labelled pairs, by their numbers; those that a fit uses if None."""
+        texts = [text for both in self.concept.pairs for text in both]
+        read = partial(self.states, who, texts, None, position)
+        every = self._kept(("labelled", who, position), lambda: read().take(slice(None)))
+        return every.take([2 * i + k for i in (self.pairs if pairs is None else pairs) for k in range(2)])
 
     def read(
-        self, who: str, kind: str = "generic", texts: int | None = None, position: Position = "last"
+        self, who: str, kind: str = "generic", texts: Sequence[int] | None = None, position: Position = "last"
     ) -> Activations:
         """States of anchors.
 
         Args:
             who: a model.
             kind: a key of `kinds`, or several with a plus between.
-            texts: the first so many.
+            texts: numbers of those that are taken; all of them if None.
             position: which token's state stands for a text.
         """
 
@@ -97,7 +102,7 @@ class Cell:
             return Activations.joined([self.states(who, *self.kinds[k](), position) for k in kind.split("+")])
 
         found = self._kept((kind, who, position), joined)
-        return found if texts is None else found.take(slice(texts))
+        return found if texts is None else found.take(texts)
 
     def _kept(self, key: tuple[Any, ...], read: Callable[[], Any]) -> Any:
         if key not in self.memory:
@@ -105,14 +110,30 @@ class Cell:
         return self.memory[key]
 
     def fit(
-        self, steer: es.ExpertSteer, who: str, pairs: int | None = None, labels: Any = None, **anchors: Any
+        self, steer: es.ExpertSteer, who: str, pairs: Sequence[int] | None = None, labels: Any = None, **anchors: Any
     ) -> SteeringPlan:
-        """A plan from the states of `who`, with the first of the labelled pairs or other labels; `anchors` as in `read`."""
-        keep = slice(None) if pairs is None else slice(2 * pairs)
-        given = self.labels if labels is None else labels
-        x = self.labelled(who, anchors.get("position", "last")).take(keep)
+        """A plan from the states of `who`, with other labelled pairs, or with other labels; `anchors` as in `read`."""
+        x = self.labelled(who, anchors.get("position", "last"), pairs)
+        groups = [i for i in range(x.n_texts // 2) for _ in range(2)]
         theirs, own = (self.read(name, **anchors) for name in (who, self.target))
-        return steer.fit_activations(x, given[keep], theirs, own, self.groups[keep])
+        return steer.fit_activations(x, [1, 0] * (len(groups) // 2) if labels is None else labels, theirs, own, groups)
+
+    def fit_text(
+        self, steer: es.ExpertSteer, pairs: Sequence[int] | None = None, labels: Any = None, kind: str = "generic"
+    ) -> SteeringPlan:
+        """The same with hashed n-grams in the expert's place; `steer` has the layer 0 for all pairs."""
+        anchors = self.kinds[kind]()[0]
+        width = self.read(self.expert, kind)[0].shape[1]
+        x, theirs = self._kept(("text", kind), lambda: text_features(self.texts, anchors, width))
+        rows = [2 * i + k for i in (self.pairs if pairs is None else pairs) for k in range(2)]
+        groups = [i for i in range(len(rows) // 2) for _ in range(2)]
+        given = [1, 0] * (len(rows) // 2) if labels is None else labels
+        return steer.fit_activations({0: x[rows]}, given, {0: theirs}, self.read(self.target, kind), groups)
+
+    @staticmethod
+    def some(count: int, of: int, draw: int) -> list[int]:
+        """Numbers of a random part."""
+        return np.random.default_rng(draw).permutation(of)[:count].tolist()
 
     def judged(self, steer: es.ExpertSteer, who: str, judge: str, **anchors: Any) -> SteeringPlan:
         """A plan from the states of `who` of unlabelled in-domain texts, with `judge`'s own view of them as real labels."""
@@ -126,7 +147,7 @@ class Cell:
         question, yes, no = self.concept.question
         return es.Choices([(text + question, yes, no) for text in texts]).score(model(who), [])[0].tolist()
 
-    def noisy(self, share: float) -> list[int]:
-        """Labels of which a share is flipped, pair by pair, so that the classes stay equally large."""
-        flip = np.random.default_rng(0).permutation(len(self.concept.pairs)) < share * len(self.concept.pairs)
+    def noisy(self, share: float, draw: int) -> list[int]:
+        """Labels of which a random share is flipped, pair by pair, so that the classes stay equally large."""
+        flip = np.random.default_rng(draw).permutation(len(self.pairs)) < share * len(self.pairs)
         return [label ^ int(flip[i // 2]) for i, label in enumerate(self.labels)]

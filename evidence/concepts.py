@@ -1,7 +1,7 @@
 """The study's concepts and anchors, read from public data that stay outside of the project.
 
-Every text of a concept lands in one of four places, by the hash of the text and never in two: labelled pairs (fits), validation
-items (choices), test items (what is reported), and unlabelled in-domain texts.
+Every text of a concept lands in one of four places, by the hash of the text: labelled pairs (fits), validation items (choices),
+test items (what is reported), and unlabelled in-domain texts. No two places hold near copies of a text.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import expertsteer_nnsight as es
+from evidence.splits import Apart
 
 SOURCES: dict[str, list[str]] = json.loads((Path(__file__).parent / "sources.json").read_text())
-# chosen before any was measured: settings are tuned on the first, figures are reported on the second
+# settings are tuned on the first, figures are reported on the second
 TUNING = ("sentiment", "agreeableness", "truth", "survival")
-REPORTING = ("happiness", "anger", "conscientiousness", "risk", "finance", "coordination", "power")
-LABELLED, VALIDATION, TEST = 100, 24, 64
+REPORTING = ("happiness", "anger", "conscientiousness", "risk", "finance", "power")
+# factors are varied on these, some of each kind
+FACTORED = ("sentiment", "truth", "agreeableness", "happiness", "finance", "risk")
+TEST, VALIDATION, LABELLED = 64, 24, 200  # items, items, pairs at most
+FEWER = {"truth": (64, 24, 60), "survival": (40, 12, 200), "power": (40, 12, 200)}  # of small sets
+IN_DOMAIN = 600  # unlabelled texts at most
 _SAYS, _AI = "The following is said by someone who", "The following is about an AI that"
 # for each concept two instructions to the model, and a question about a text with its two answers
 ASKED: dict[str, tuple[str, str, str, str, str]] = {
@@ -31,14 +37,12 @@ ASKED: dict[str, tuple[str, str, str, str, str]] = {
     "truth": ("The following is true.", "The following is false.", "This statement is", "true", "false"),
     "survival": (f"{_AI} wants to stay switched on.", f"{_AI} lets itself be switched off.",
                  "An AI that says this wants to", "survive", "obey"),
-    "happiness": (f"{_SAYS} is happy.", f"{_SAYS} is sad.", "Whoever says this is", "happy", "sad"),
-    "anger": (f"{_SAYS} is angry.", f"{_SAYS} is happy.", "Whoever says this is", "angry", "happy"),
+    "happiness": ("The following makes you happy.", "The following makes you sad.", "This makes you", "happy", "sad"),
+    "anger": ("The following makes you angry.", "The following makes you happy.", "This makes you", "angry", "happy"),
     "conscientiousness": (f"{_SAYS} is careful.", f"{_SAYS} is careless.", "Whoever says this is", "careful", "careless"),
     "risk": (f"{_SAYS} seeks risks.", f"{_SAYS} avoids risks.", "Whoever says this is", "reckless", "cautious"),
     "finance": ("The following is good for the company.", "The following is bad for the company.",
                 "For the company this is", "good", "bad"),
-    "coordination": (f"{_AI} sides with other AIs.", f"{_AI} sides with people.",
-                     "An AI that says this sides with", "machines", "people"),
     "power": (f"{_AI} wants power.", f"{_AI} wants no power.", "An AI that says this wants", "power", "peace"),
 }  # fmt: skip
 # openings of texts that a model goes on with, for a judge
@@ -139,21 +143,22 @@ def _sentence(text: str) -> str:
 
 def _statements(name: str, positive: Any, negative: Any, more: Any = ()) -> Concept:
     up, down = _sorted(positive), _sorted(negative)
-    both = set(up) & set(down)
-    up, down = [t for t in up if t not in both], [t for t in down if t not in both]
-    return _concept(name, list(zip(up, down, strict=False)), [("", a, b) for a, b in zip(up, down, strict=False)],
-                    [*up, *down, *more])  # fmt: skip
+    both, apart = set(up) & set(down), Apart()
+    pairs = apart.pairs([t for t in up if t not in both], [t for t in down if t not in both])
+    test, validation, labelled = FEWER.get(name, (TEST, VALIDATION, LABELLED))
+    found = list(islice(pairs, test + validation + labelled))
+    return _concept(name, found, [("", a, b) for a, b in found], [*up, *down, *more], apart)
 
 
-def _concept(name: str, pairs: list[tuple[str, str]], items: list[tuple[str, str, str]], texts: list[str]) -> Concept:
+def _concept(
+    name: str, pairs: list[tuple[str, str]], items: list[tuple[str, str, str]], texts: list[str], apart: Apart
+) -> Concept:
     """The first of `pairs` and `items` (which go together) to the test, the next to validation, then the labelled ones."""
-    labelled = min(LABELLED, len(pairs) - TEST - VALIDATION)
-    ends = [TEST, TEST + VALIDATION, TEST + VALIDATION + labelled]
-    used = {text for pair in pairs[: ends[2]] for text in pair}
-    rest = _sorted(text for text in texts if text not in used)
+    test, validation, _ = FEWER.get(name, (TEST, VALIDATION, LABELLED))
+    rest = islice((text for text in _sorted(texts) if not apart.near(text)), IN_DOMAIN)
     towards, away, question, yes, no = ASKED[name]
     return Concept(
-        name, pairs[ends[1] : ends[2]], items[ends[0] : ends[1]], items[: ends[0]], rest, (towards, away),
+        name, pairs[test + validation :], items[test : test + validation], items[:test], list(rest), (towards, away),
         (f"\n{question}", f" {yes}", f" {no}"),
     )  # fmt: skip
 
@@ -166,21 +171,34 @@ def _persona(data: Data, name: str, file: str) -> Concept:
     return _statements(name, sides[" Yes"], sides[" No"])
 
 
+_ANSWER = re.compile(  # an answer of yes or no
+    r"\W*(yes|no|yeah|nope|sure|okay|ok|absolutely|certainly|definitely|of course)\b|(i|that) \w+( not)?( be| is)?( \w+)?\W*$",
+    re.IGNORECASE,
+)
+
+
 def _options(data: Data, name: str, file: str) -> Concept:
-    """Questions with two options; their texts are compared, not their letters, which small models do not tell apart."""
+    """Questions with two options; their texts are compared, not their letters, which small models do not tell apart.
+
+    Questions answered by yes or no are left out: most have the same answer on the positive side, so that the vector of any
+    arm, native too, is one of yes against no, which does harm where the other answer is the positive one.
+    """
     found: dict[str, tuple[str, str]] = {}
     for row in data.json(f"anthropic_evals/advanced-ai-risk/human_generated_evals/{file}.jsonl"):
         stem, _, listed = row["question"].removeprefix("Question: ").partition("\n\nChoices:\n")
         options = dict(re.findall(r"\((\w)\) (.*)", listed.replace("\n\nAnswer:", "")))
+        # what these files call matching is the answer that gives in: it declines the power, it lets itself be switched off
         up, down = (
-            options.get(row[f"answer_{side}_behavior"].strip(" ()"), "") for side in ("matching", "not_matching")
+            options.get(row[f"answer_{side}_behavior"].strip(" ()"), "").strip()
+            for side in ("not_matching", "matching")
         )
-        if len(options) == 2 and up.strip() and down.strip() and len(stem.split()) <= 60:
+        if len(options) == 2 and up and down and len(stem.split()) <= 60 and not any(map(_ANSWER.match, (up, down))):
             found[stem.strip()] = (_sentence(up), _sentence(down))
-    stems = _sorted(found)
+    apart = Apart()
+    stems = [s for s in _sorted(found) if apart.take(" ".join((s, *found[s])))]
     pairs = [(f"{s} {found[s][0]}", f"{s} {found[s][1]}") for s in stems]
     items = [(s, " " + found[s][0], " " + found[s][1]) for s in stems]
-    return _concept(name, pairs, items, [text for pair in pairs for text in pair])
+    return _concept(name, pairs, items, [], apart)
 
 
 def _finance(data: Data) -> Concept:
@@ -221,7 +239,6 @@ def concept(name: str, data: Data) -> Concept:
         return _persona(data, name, {"risk": "risk-seeking"}.get(name, name))
     files = {
         "survival": "survival-instinct",
-        "coordination": "coordinate-other-ais",
         "power": "power-seeking-inclination",
     }
     return _options(data, name, files[name])

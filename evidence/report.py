@@ -4,100 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from evidence.concepts import REPORTING, TUNING
+from evidence.models import PAIRS
+from evidence.shares import BASE, Line, Rows, Table, mean_over, one, over
 from expertsteer_nnsight.plotting import figure
-
-RESAMPLES = 2000
-BASE = ("base", "recommended")
-Line = Mapping[str, Any]
-Rows = Mapping[str, np.ndarray]
-
-
-class Table:
-    """Effects `[item]` by (pair, concept, factor, level, who): of several draws their mean, or their own.
-
-    Args:
-        lines: of results.
-    """
-
-    def __init__(self, lines: Iterable[Line]) -> None:
-        self.lines = list(lines)
-        self.draws: dict[tuple[str, ...], list[Line]] = defaultdict(list)
-        for line in self.lines:
-            self.draws[tuple(line[k] for k in ("pair", "concept", "factor", "level", "who"))].append(line)
-
-    def items(self, *key: str) -> np.ndarray | None:
-        """Per-item effects, mean over draws; None where the arm was not measured."""
-        found = self.draws.get(key)
-        return None if not found else np.mean([line["items"] for line in found], 0)
-
-    def null(self, *key: str) -> float:
-        """1.96 times the root mean square of the draws' effects: 19 of 20 draws lie within it, if they are normal."""
-        return 1.96 * float(np.sqrt(np.mean([line["effect"] ** 2 for line in self.draws[key]])))
-
-    def levels(self, pair: str) -> list[tuple[str, str]]:
-        """(factor, level) in the order in which they were measured."""
-        found = dict.fromkeys((line["factor"], line["level"]) for line in self.lines if line["pair"] == pair)
-        return [level for level in found if level[0] != "judge"]
-
-    def arm(self, pair: str, concepts: Sequence[str], factor: str, level: str, who: str) -> dict[str, np.ndarray]:
-        """Effects by item of one arm, for the concepts that have it."""
-        found = {name: self.items(pair, name, factor, level, who) for name in concepts}
-        return {name: items for name, items in found.items() if items is not None}
-
-
-def share(
-    rows: Sequence[np.ndarray], minus: Sequence[np.ndarray] | None, unit: Sequence[np.ndarray], seed: int = 0
-) -> list[float]:
-    """Median over concepts of (row - minus) / unit with a 95 % interval: concepts are resampled, and items within each.
-
-    Args:
-        rows: effects by item, one array a concept.
-        minus: effects that are taken off, or None.
-        unit: effects that they are shares of; where there are more items than in `rows`, the first count.
-        seed: of the resampling.
-    """
-    n = [len(a) for a in rows]
-    pairs = [(a if minus is None else a - minus[i][: n[i]], unit[i][: n[i]]) for i, a in enumerate(rows)]
-    value = float(np.median([a.mean() / b.mean() for a, b in pairs]))
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES):
-        shares = []
-        for i in rng.integers(len(pairs), size=len(pairs)):
-            a, b = pairs[i]
-            pick = rng.integers(len(a), size=len(a))
-            shares.append(a[pick].mean() / b[pick].mean())
-        found.append(np.median(shares))
-    return [value, float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))]
-
-
-def over(rows: Rows, unit: Rows, minus: Rows | None = None) -> list[float] | None:
-    """`share` over the concepts that all three have; None if there are none."""
-    names = [n for n in rows if n in unit and (minus is None or n in minus)]
-    if not names:
-        return None
-    return share(
-        [rows[n] for n in names], None if minus is None else [minus[n] for n in names], [unit[n] for n in names]
-    )
-
-
-def one(a: np.ndarray, minus: np.ndarray | None = None, unit: np.ndarray | None = None, seed: int = 0) -> list[float]:
-    """Mean over items (of a difference, as a share) with its 95 % bootstrap interval."""
-    rng = np.random.default_rng(seed)
-    rows = a if minus is None else a - minus
-
-    def value(pick: Any) -> float:
-        return float(rows[pick].mean() / (1 if unit is None else unit[pick].mean()))
-
-    found = [value(rng.integers(len(rows), size=len(rows))) for _ in range(RESAMPLES)]
-    return [value(slice(None)), float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))]
 
 
 def told(found: Sequence[float] | None) -> str:
@@ -112,110 +27,160 @@ def _rows(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 def base_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
     """Every concept's base arms, and the medians of the shares."""
-    body = []
+    body, steerable = [], table.steerable(pair, concepts)
     for name in concepts:
         key = (pair, name, *BASE)
-        expert, own, untrained = (table.items(*key, who) for who in ("expert", "native", "untrained"))
-        if expert is None or own is None or untrained is None:
+        arms = {who: table.items(*key, who) for who in ("native", "expert", "untrained", "text_features", "prompted")}
+        native, expert, untrained, text, prompted = arms.values()
+        if native is None or expert is None or untrained is None or text is None:
             continue
-        seeds = [line["effect"] for line in table.draws[(*key, "untrained")]]
-        other = [table.items(*key, who) for who in ("text_features", "prompted")]
+        nll = (f"{np.mean(table.draws[(*key, who)][0].get('nll', np.nan)):.2f}" for who in ("native", "expert"))
+        shares = [told(one(expert, x, native)) if name in steerable else "" for x in (None, untrained, text)]
         body.append([
-            name, str(len(expert)), told(one(own)), told(one(expert)), told(one(expert, None, own)),
-            told(one(expert, untrained, own)), ", ".join(f"{e:.2f}" for e in seeds),
-            *("" if found is None else f"{found.mean():.2f}" for found in other),
-            *(f"{table.null(*key, who):.2f}" for who in ("permuted", "random")), f"{np.mean(expert < 0):.0%}",
+            name, str(expert.shape[1]), told(one(native)), told(one(expert)), *shares,
+            ", ".join(f"{e:.2f}" for e in untrained.mean(1)), *("" if x is None else f"{x.mean():.2f}" for x in (text, prompted)),
+            *(f"{table.null(*key, who):.2f}" for who in ("permuted", "random")), f"{np.mean(expert < 0):.0%}", " / ".join(nll),
         ])  # fmt: skip
-    found = medians(table, pair, concepts, *BASE)
-    body.append(["**median**", "", "", "", told(found["expert"]), told(found["beyond"]), *[""] * 6])
-    return _rows(["concept", "n", "native", "expert", "expert / native", "(expert - untrained) / native", "untrained, each seed",
-                  "text features", "prompted", "permuted", "random", "wrong way"], body)  # fmt: skip
+    found = medians(table, pair, steerable, *BASE)
+    shares = [told(found[name]) for name in ("expert", "beyond", "beyond_text")]
+    body.append(["**median**", "", "", "", *shares, *[""] * 7])
+    return _rows(["concept", "n", "native", "expert", "expert / native", "(expert - untrained) / native",
+                  "(expert - text features) / native", "untrained, each seed", "text features", "prompted", "permuted", "random",
+                  "wrong way", "NLL, native / expert"], body)  # fmt: skip
 
 
-def medians(table: Table, pair: str, concepts: Sequence[str], factor: str, level: str) -> dict[str, list[float] | None]:
+def medians(
+    table: Table, pair: str, concepts: Sequence[str], factor: str, level: str, units: Rows | None = None
+) -> dict[str, list[float] | None]:
     """Medians over concepts, as shares of the base's native effect.
 
+    Args:
+        table: effects.
+        pair: of models.
+        concepts: names.
+        factor: of the level.
+        level: what is looked at.
+        units: native effects; the table's own if None.
+
     Returns:
-        expert, untrained, beyond (expert - untrained), own (native with the same labels and layers) and ahead (expert - own).
+        expert, change (expert - the base's expert), untrained, own (native with the same labels and layers), ahead
+        (expert - own), beyond (expert - untrained) and beyond_text (expert - text features).
     """
-    expert, untrained, own = (
-        table.arm(pair, concepts, factor, level, who) for who in ("expert", "untrained", "native")
+    expert, untrained, own, text = (
+        table.arm(pair, concepts, factor, level, who) for who in ("expert", "untrained", "native", "text_features")
     )
-    unit = table.arm(pair, concepts, *BASE, "native")
+    native, base = (table.arm(pair, concepts, *BASE, who) for who in ("native", "expert"))
+    unit = native if units is None else units
     return {
         "expert": over(expert, unit),
+        "change": over(expert, unit, base),
         "untrained": over(untrained, unit),
-        "beyond": over(expert, unit, untrained),
         "own": over(own, unit),
-        "ahead": over(expert, unit, own if own else unit),
+        "ahead": over(expert, unit, own if own else native),
+        "beyond": over(expert, unit, untrained),
+        "beyond_text": over(expert, unit, text),
     }
 
 
+def _varied(table: Table, pair: str, concepts: Sequence[str]) -> tuple[Table, list[str], Rows]:
+    """What factors are compared on: the items and concepts that they were measured on, and the base's native effect."""
+    lines = [x for x in table.lines if x["pair"] == pair and x["factor"] not in ("base", "judge")]
+    varied = {line["concept"] for line in lines}
+    names = [name for name in concepts if name in varied]
+    items = min((line["n"] for line in lines), default=0)
+    return table.first(names, items), names, table.arm(pair, names, *BASE, "native")
+
+
 def factor_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
-    """A row for each level of each factor: medians over concepts."""
+    """A row for each level of each factor: medians over the concepts that factors were varied on."""
+    few, names, units = _varied(table, pair, table.steerable(pair, concepts))
     body = []
-    for factor, level in table.levels(pair):
-        found = medians(table, pair, concepts, factor, level)
-        if found["expert"] is not None:
-            body.append([factor, level, *map(told, found.values())])
-    header = [
-        "factor",
-        "level",
-        "expert",
-        "untrained",
-        "expert - untrained",
-        "native likewise",
-        "expert - native likewise",
-    ]
-    return _rows(header, body)
+    for factor, level in few.levels(pair):
+        found = medians(few, pair, names, factor, level, units)
+        if found["expert"] is not None or found["own"] is not None:
+            count = len(few.arm(pair, names, factor, level, "expert") or few.arm(pair, names, factor, level, "native"))
+            shown = [told(found[name]) for name in ("expert", "change", "untrained", "own", "ahead")]
+            body.append([factor, level, str(count), *shown])
+    return _rows(["factor", "level", "concepts", "expert", "expert - base's expert", "untrained", "native likewise",
+                  "expert - native likewise"], body)  # fmt: skip
 
 
-def ahead(table: Table, pair: str) -> list[tuple[str, str, list[float], list[float] | None]]:
-    """Levels at which the expert exceeds native (with the same labels and layers) on the tuning concepts.
+MARGIN = 1.03  # a dose may be 3 % off
+
+
+def _rival(few: Table, pair: str, names: Sequence[str], factor: str, level: str) -> Rows:
+    """Native with the same labels; if labels are not what is varied, the better one of it and the base's."""
+    likewise, base = few.arm(pair, names, factor, level, "native"), few.arm(pair, names, *BASE, "native")
+    if factor == "labels":
+        return {n: MARGIN * likewise.get(n, base[n]) for n in base}
+    return {n: MARGIN * max(base[n], likewise.get(n, base[n]), key=np.mean) for n in base}
+
+
+def ahead(table: Table, pair: str) -> list[tuple[str, str, list[float], list[float] | None, list[float] | None, float]]:
+    """Levels at which the expert exceeds native (see `_rival`) on the tuning concepts.
+
+    Layers that are chosen for the expert are left out. A level is a candidate if the expert exceeds native on every tuning
+    concept, and on their mean with p < 0.05.
 
     Returns:
-        (factor, level, share on the tuning concepts, share on the reporting concepts): medians of (expert - native) / native
-        of the base. An interval above zero in the first makes a candidate, one in the second confirms it.
+        (factor, level, mean of expert - native on the tuning concepts in nats, the same on the reporting concepts, expert -
+        untrained there, p-value of the second times the number of candidates).
     """
     found = []
-    for factor, level in table.levels(pair):
-        first, second = (medians(table, pair, concepts, factor, level)["ahead"] for concepts in (TUNING, REPORTING))
-        if first is not None and first[1] > 0:
-            found.append((factor, level, first, second))
-    return found
+    sides = [_varied(table, pair, concepts) for concepts in (TUNING, REPORTING)]
+    for factor, level in sides[0][0].levels(pair):
+        if factor == "layers" or level == "paper":
+            continue
+        experts = [few.arm(pair, names, factor, level, "expert") for few, names, _ in sides]
+        tests = [
+            mean_over(x, _rival(few, pair, names, factor, level))
+            for x, (few, names, _) in zip(experts, sides, strict=True)
+        ]
+        if tests[0] is not None and tests[0][2] and tests[0][1] < 0.05:
+            few, names, _ = sides[1]
+            beyond = mean_over(experts[1], few.arm(pair, names, factor, level, "untrained"))
+            found.append((factor, level, tests[0][0], tests[1], beyond))
+    return [
+        (
+            factor,
+            level,
+            first,
+            second and second[0],
+            beyond and beyond[0],
+            min(1.0, second[1] * len(found)) if second else 1.0,
+        )
+        for factor, level, first, second, beyond in found
+    ]
 
 
 def ahead_table(table: Table, pair: str) -> str:
     """`ahead` as a table, or a sentence."""
-    body = [[factor, level, told(first), told(second)] for factor, level, first, second in ahead(table, pair)]
+    body = [[factor, level, *map(told, rest), f"{p:.3f}"] for factor, level, *rest, p in ahead(table, pair)]
     if not body:
-        return "None: at no level does the interval over the tuning concepts lie above zero."
-    return _rows(["factor", "level", "tuning", "reporting"], body)
+        return "None: at no level does the expert exceed native on every tuning concept and on their mean."
+    return _rows(["factor", "level", "tuning", "reporting", "reporting, expert - untrained", "p, corrected"], body)
 
 
 def judge_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
     """What the sentence judge makes of steered continuations."""
     body = []
     for name in concepts:
-        arms = {who: table.items(pair, name, "judge", "rollouts", who) for who in ("native", "expert", "untrained")}
+        key = (pair, name, "judge", "rollouts")
+        arms = {who: table.items(*key, who) for who in ("native", "expert", "untrained", "text_features")}
         if arms["expert"] is not None:
-            random = table.null(pair, name, "judge", "rollouts", "random")
-            body.append(
-                [
-                    name,
-                    str(len(arms["expert"])),
-                    *("" if a is None else told(one(a)) for a in arms.values()),
-                    f"{random:.2f}",
-                ]
-            )
-    return _rows(["concept", "n", "native", "expert", "untrained", "random"], body)
+            accuracy = table.draws[(*key, "expert")][0]["judge_accuracy"]
+            shown = ["" if a is None else told(one(a)) for a in arms.values()]
+            random = f"{table.null(*key, 'random'):.2f}"
+            body.append([name, str(arms["expert"].shape[1]), f"{accuracy:.2f}", *shown, random])
+    header = ["concept", "n", "judge's accuracy", "native", "expert", "untrained", "text features", "random"]
+    return _rows(header, body)
 
 
 def draw(table: Table, pair: str, concepts: Sequence[str], path: Path) -> None:
     """Expert, untrained and controls as shares of native, a row for each concept."""
+    concepts = table.steerable(pair, concepts)
     fig, ax = figure(8, 0.5 * len(concepts) + 1.5)
     marks = {"expert": "o", "untrained": "s", "text_features": "^"}
-    concepts = [name for name in concepts if table.items(pair, name, *BASE, "native") is not None]
     for row, name in enumerate(reversed(concepts)):
         key = (pair, name, *BASE)
         unit = table.arm(pair, [name], *BASE, "native")[name]
@@ -243,7 +208,7 @@ def tables(table: Table) -> dict[str, str]:
         for title, concepts in (("reporting", REPORTING), ("tuning", TUNING)):
             if table.arm(pair, concepts, *BASE, "expert"):
                 found[f"base {pair} {title}"] = base_table(table, pair, concepts)
-            if any(medians(table, pair, concepts, *level)["expert"] for level in table.levels(pair) if level != BASE):
+            if len(_varied(table, pair, concepts)[0].levels(pair)) > 1:
                 found[f"factors {pair} {title}"] = factor_table(table, pair, concepts)
         if table.arm(pair, REPORTING, "judge", "rollouts", "expert"):
             found[f"judge {pair}"] = judge_table(table, pair, REPORTING)
@@ -269,12 +234,14 @@ def filled(text: str, table: Table) -> str:
 def publish(lines: Iterable[Line], page: Path) -> None:
     """Writes a page's tables, its figure and the lines that they are made of, to `results.jsonl` and `.png` beside it."""
     lines = list(lines)
-    table = Table(lines)
-    folder = page.with_suffix("")
+    table, folder = Table(lines), page.with_suffix("")
+    text = filled(page.read_text(), table)  # before anything is written
+    known = {line["pair"] for line in lines}
+    pair = next((name for name in PAIRS if name in known), lines[0]["pair"])
     folder.mkdir(exist_ok=True)
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    draw(table, lines[0]["pair"], [*REPORTING, *TUNING], folder / "base.png")
-    page.write_text(filled(page.read_text(), table))
+    draw(table, pair, [*REPORTING, *TUNING], folder / "base.png")
+    page.write_text(text)
 
 
 def summary(table: Table) -> str:

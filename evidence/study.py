@@ -10,30 +10,35 @@ again without a model. No text of a data set is written.
 from __future__ import annotations
 
 import json
-import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from itertools import groupby
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
 from evidence.arms import base, factors
 from evidence.cell import Arm, Cell
-from evidence.concepts import OPENINGS, Data, concept, generic
+from evidence.concepts import FACTORED, OPENINGS, REPORTING, Data, concept, generic
 from evidence.models import PAIRS, States, model
 from expertsteer_nnsight.calibration import either_sign, neutral_tokens, with_total
 from expertsteer_nnsight.effects import Effect
 from expertsteer_nnsight.judge import SentenceJudge
 from expertsteer_nnsight.steering import SteeringPlan
+from expertsteer_nnsight.texts import texts_hash
 
 CHUNK = 16  # plans whose results are written at once
 NULLS = ("permuted", "random")
 JUDGE_DRAWS = 4  # random draws that a judge sees
-DOSE = ("strength", "kl_p95", "met", "nll")
+OTHERS = {"items": 32, "draws": 5}  # at most, for the pairs after the first
+START = 0.2  # first strength of a calibration, median residual norms
+VERSION = 3  # of what is measured: lines of another one are refused
+DOSE = ("strength", "kl_p95", "met", "nll", "nll_unsteered")
 Line = dict[str, Any]
 
 
@@ -47,9 +52,29 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.lines: list[Line] = [json.loads(line) for line in lines if line.endswith("}")]
+        self.lines: list[Line] = []
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines():
+            with suppress(json.JSONDecodeError):  # cut off while it was written
+                self.lines.append(json.loads(line))
+        whole = "".join(json.dumps(line) + "\n" for line in self.lines)
+        if whole != text:
+            path.with_suffix(".new").write_text(whole)
+            path.with_suffix(".new").replace(path)
         self.keys = {self.key(line) for line in self.lines}
+
+    def check(self, pair: str, settings: str) -> None:
+        """Refuses to mix results of a pair of models that were made with different settings.
+
+        Raises:
+            ValueError: there are some that were.
+        """
+        other = {line["settings"] for line in self.lines if line["pair"] == pair} - {settings}
+        if other:
+            raise ValueError(
+                f"{self.path} holds results for {pair} with other settings ({other.pop()}) than these ({settings}): take another "
+                "--out."
+            )
 
     @staticmethod
     def key(line: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -70,13 +95,17 @@ class Measuring:
     Args:
         cell: models and concept.
         results: where to; what is there is left out.
+        settings: what lines that may be compared have in common.
+
+    Raises:
+        ValueError: there are results with other settings.
     """
 
-    def __init__(self, cell: Cell, results: Results) -> None:
+    def __init__(self, cell: Cell, results: Results, settings: str = "") -> None:
+        results.check(cell.pair, settings)
         self.results, self.target = results, model(cell.target)
-        self.where = {"pair": cell.pair, "concept": cell.concept.name}
+        self.where = {"pair": cell.pair, "concept": cell.concept.name, "settings": settings}
         self.neutral = neutral_tokens(self.target, es.example("sentiment_probe")["neutral_texts"][:8])
-        self.start: dict[int, float] = {}  # the first strength tried, by the number of layers: what others needed
 
     def has(self, factor: str, level: str, who: str, draw: int = 0) -> bool:
         """Whether the line is there."""
@@ -96,20 +125,27 @@ class Measuring:
             arms: taken one chunk at a time.
             effect: what they are scored with.
         """
-        missing = [a for a in arms if not self.has(a.factor, a.level, a.who, a.draw)]
+        waiting: dict[tuple[Any, ...], list[Arm]] = defaultdict(
+            list
+        )  # by what shares forwards, and random plans by themselves
+        for arm in arms:
+            if not self.has(arm.factor, arm.level, arm.who, arm.draw):
+                kind = (arm.who == "random", arm.who in NULLS, arm.items, arm.plan.layers)
+                waiting[kind].append(arm)
+                if len(waiting[kind]) == CHUNK:
+                    self._chunk(waiting.pop(kind), effect)
+        for some in waiting.values():
+            self._chunk(some, effect)
 
-        def kind(arm: Arm) -> tuple[Any, ...]:  # what shares forwards, and random plans by themselves
-            return arm.who == "random", arm.who in NULLS, arm.items or 0, arm.plan.layers
-
-        for (_, null, items, _), group in groupby(sorted(missing, key=kind), kind):
-            mine = list(group)
-            for at in range(0, len(mine), CHUNK):
-                self._chunk(mine[at : at + CHUNK], effect[:items] if items else effect, 0.1 if null else 0.03)
-
-    def _chunk(self, arms: list[Arm], effect: Effect, tolerance: float) -> None:
-        doses = self._doses(arms, tolerance)
+    def _chunk(self, arms: list[Arm], effect: Effect) -> None:
+        items = arms[0].items
+        effect = effect[:items] if items else effect
+        doses = self._doses(arms, 0.1 if arms[0].who in NULLS else 0.03)
         ready = [_at(a.plan, dose) for a, dose in zip(arms, doses, strict=True)]
-        scores = effect.score(self.target, [plan for both in ready for plan in both])[1:]
+        unsteered, *scores = effect.score(self.target, [plan for both in ready for plan in both])
+        if not items and not self.has("base", "recommended", "unsteered"):
+            nothing = Arm("base", "recommended", "unsteered", 0, None)  # type: ignore[arg-type]
+            self.results.add([self._line(nothing, unsteered, torch.zeros_like(unsteered))])
         lines = []
         for i, (arm, dose) in enumerate(zip(arms, doses, strict=True)):
             steps = arm.plan.info.get("pairs", [])
@@ -132,15 +168,14 @@ class Measuring:
         }
         if all(a.who == "random" and a.draw in known for a in arms):
             return [known[a.draw] for a in arms]
-        plans, start = [a.plan for a in arms], self.start.get(len(layers), 0.3)
-        found, _ = either_sign(self.target, plans, self.neutral, tolerance=tolerance, start=start)
-        self.start[len(layers)] = statistics.median(found.strength.tolist())
+        # always the same first try, so that a strength does not depend on what was measured before
+        found, _ = either_sign(self.target, [a.plan for a in arms], self.neutral, tolerance=tolerance, start=START)
         places = [slice(2 * i, 2 * i + 2) for i in range(len(arms))]
         return [
             {
                 "strength": [round(x, 5) for x in found.strength[mine].tolist()],
                 "kl_p95": [round(x, 4) for x in found.kl[mine].tolist()], "met": bool(found.met[mine].all()),
-                "nll": [round(x, 4) for x in found.nll[mine].tolist()],
+                "nll": [round(x, 4) for x in found.nll[mine].tolist()], "nll_unsteered": round(found.unsteered_nll, 4),
             }
             for mine in places
         ]  # fmt: skip
@@ -149,6 +184,7 @@ class Measuring:
         return {
             **self.where, "factor": arm.factor, "level": arm.level, "who": arm.who, "draw": arm.draw, "n": len(up),
             "effect": float((up - down).mean()), "items": [round(x, 5) for x in (up - down).tolist()],
+            "up": [round(x, 5) for x in up.tolist()],  # steered towards; unsteered is an arm by itself
             # share of the items on whose positive side the model is, steered towards and away
             "agrees": [round(float((x > 0).double().mean()), 4) for x in (up, down)],
         }  # fmt: skip
@@ -171,7 +207,8 @@ class Measuring:
         for arm, place in zip(arms, key, strict=True):
             if not self.has("judge", "rollouts", arm.who, arm.draw):
                 up, down = effect.score(self.target, _at(arm.plan, known[place]))[1:]
-                self.results.add([self._line(Arm("judge", "rollouts", arm.who, arm.draw, arm.plan), up, down)])
+                line = self._line(Arm("judge", "rollouts", arm.who, arm.draw, arm.plan), up, down)
+                self.results.add([{**line, "judge_accuracy": judge.accuracy_}])
 
 
 def _at(plan: SteeringPlan, dose: Line) -> list[SteeringPlan]:
@@ -191,14 +228,17 @@ def run(
     own: bool = False,
     items: int | None = None,
 ) -> Results:
-    """Runs what is missing. The first pair gets every factor, the others the base with its controls.
+    """Runs what is missing. The first pair gets every factor, the others the base with its controls on the reporting concepts.
+
+    An uninterrupted run gives the same numbers again. One that goes on calibrates what is left in other company: those
+    strengths may differ within the tolerance of 3 % of the KL.
 
     Args:
         data: the data sets.
         out: folder of results and states.
         pairs: names in `PAIRS`.
         concepts: names of concepts.
-        vary: vary factors on the first pair.
+        vary: vary factors on the first pair, for the concepts in `FACTORED`.
         anchors: how many generic texts of the data sets, beside the project's own.
         draws: of the permuted and random arms.
         own: take the project's own generic texts alone, the first `anchors` of them, which need no data set.
@@ -209,23 +249,29 @@ def run(
     texts = general[:anchors] if own else [*general, *generic(data, anchors)]
     first = next(iter(PAIRS))
     # every base first: if time runs out, factors are what is left
-    work = [(pair, name, False) for pair in pairs for name in concepts]
-    work += [(first, name, True) for name in concepts] if vary and first in pairs else []
+    work = [(pair, name, False) for pair in pairs for name in concepts if pair == first or name in REPORTING]
+    work += [(first, name, True) for name in concepts if name in FACTORED] if vary and first in pairs else []
     with tqdm(work, desc="study", unit="cell") as bar:
         for pair, name, varied in bar:
             started = time.time()
             bar.set_postfix_str(f"{pair}, {name}{', factors' if varied else ''}")
+            scored = items if pair == first else min(items or OTHERS["items"], OTHERS["items"])
+            nulls = draws if pair == first else min(draws, OTHERS["draws"])
+            judged = name in OPENINGS and pair == first and items is None
             cell = Cell(pair, concept(name, data), texts, states)
-            measuring, effect = Measuring(cell, results), es.Choices(cell.concept.test[:items])
+            settings = (
+                f"version {VERSION}, anchors {texts_hash(texts)[:8]}, {'all' if scored is None else scored} items"
+            )
+            measuring, effect = Measuring(cell, results, settings), es.Choices(cell.concept.test[:scored])
             if varied:
                 done = [line for line in results.lines if (line["pair"], line["concept"]) == (pair, name)]
                 layers = next(line["layers"] for line in done if line["who"] == "expert" and line["factor"] == "base")
                 measuring.arms(factors(cell, [(e, t) for e, t in layers], measuring.neutral, measuring.has), effect)
-            elif not measuring.complete(draws, name in OPENINGS and items is None):
-                arms, _ = base(cell, draws)
+            elif not measuring.complete(nulls, judged):
+                arms, _ = base(cell, nulls)
                 measuring.arms(arms, effect)
                 measuring.prompted(effect, cell.concept.instruction)
-                if name in OPENINGS and items is None:
+                if judged:
                     judge = SentenceJudge().fit(cell.texts, cell.labels, cell.groups)
                     seen = [a for a in arms if a.who != "permuted" and (a.who != "random" or a.draw < JUDGE_DRAWS)]
                     measuring.judged(seen, judge, OPENINGS[name])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import tiny
 
 import evidence.arms
@@ -17,7 +20,9 @@ import evidence.study
 from evidence.__main__ import main
 from evidence.cell import Cell
 from evidence.concepts import ASKED, REPORTING, SOURCES, TUNING, Data, concept
-from evidence.report import Table, ahead, base_table, factor_table, filled, medians, one, publish, share, tables
+from evidence.report import ahead, base_table, factor_table, filled, medians, publish, tables
+from evidence.shares import Table, mean_over, one, over
+from evidence.splits import Apart
 from evidence.study import Measuring, Results, run
 from expertsteer_nnsight import ExpertSteer, RidgeAligner, example
 from expertsteer_nnsight.packaged_models import MODELS
@@ -58,6 +63,9 @@ def test_a_concepts_texts_are_in_one_place_only():
     places = [{t for pair in c.pairs for t in pair}, {t for item in c.validation for t in item[1:]},
               {t for item in c.test for t in item[1:]}, set(c.in_domain)]  # fmt: skip
     assert all(places) and len(set.union(*places)) == sum(map(len, places))
+    apart = Apart()
+    assert all(apart.take(text) for place in places[:3] for text in sorted(place))  # no near copies either
+    assert not any(map(apart.near, places[3]))
 
 
 def test_every_model_of_a_pair_can_be_made():
@@ -87,14 +95,15 @@ def test_the_study_goes_on_where_it_stopped_and_repeats_itself(small, tmp_path, 
         and whos.count("random") == 2
         and {"expert", "native", "text_features"} <= set(whos)
     )
-    assert whos.count("prompted") == 1
+    assert whos.count("prompted") == whos.count("unsteered") == 1
     assert all(line["n"] == 3 and np.isclose(line["effect"], np.mean(line["items"]), atol=1e-4) for line in first.lines)
     assert "dog" not in (tmp_path / "a" / "results.jsonl").read_text()
     # cut off in the middle of a line
     path = tmp_path / "a" / "results.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]) + lines[4][:30])
-    path.write_text(path.read_text() + "\n")
+    assert len(Results(path).lines) == 4 and path.read_text() == "".join(lines[:4])
+    path.write_text("".join(lines[:4]) + lines[4][:30])
     again = run(Data(None), tmp_path / "a", ["gemma-smol"], ["sentiment"], **how)
     assert len(again.lines) == len(first.lines) and len(again.keys) == len(first.keys)
     key = Results.key
@@ -104,6 +113,8 @@ def test_the_study_goes_on_where_it_stopped_and_repeats_itself(small, tmp_path, 
     monkeypatch.setattr(evidence.study, "either_sign", lambda *a, **k: calls.append(1))
     run(Data(None), tmp_path / "a", ["gemma-smol"], ["sentiment"], **how)
     assert not calls
+    with pytest.raises(ValueError, match="take another --out"):
+        run(Data(None), tmp_path / "a", ["gemma-smol"], ["sentiment"], **{**how, "anchors": 41})
 
 
 @pytest.mark.filterwarnings("ignore:.*")
@@ -121,24 +132,33 @@ def test_every_factor_makes_its_arms(small, tmp_path):
         "states",
         "direction",
         "anchors",
-        "labelled pairs",
-        "flipped labels",
         "labels",
     }
     keys = [(a.factor, a.level, a.who, a.draw) for a in arms]
     assert len(keys) == len(set(keys))
     for factor, level in {(a.factor, a.level) for a in arms}:
         whos = [a.who for a in arms if (a.factor, a.level) == (factor, level)]
-        assert whos.count("expert") == 1
-        # an arm where the map changes is compared with two untrained experts, one where native changes with native
-        assert whos.count("untrained") == 2 * (
-            factor in ("preset", "aligner") or (factor == "anchors" and level != "further ends")
-        )
-        changed = factor in ("layers", "direction", "states", "labelled pairs", "flipped labels", "labels")
-        assert whos.count("native") == (changed or (factor, level) == ("preset", "in_domain"))
+        drawn = level in ("8 pairs", "32 pairs", "30 % flipped")
+        assert whos.count("expert") == (level != "native's sweep") + (drawn or level in ("50", "200"))
+        # where labels could be carried over without the expert there are two untrained ones, where native changes there is native
+        alone = factor == "preset" or level in ("200", "in_domain", "generic+in_domain", "own view")
+        assert whos.count("untrained") == 2 * (alone or drawn)
+        changed = factor in ("preset", "layers", "direction", "states", "labels")
+        assert whos.count("native") == changed * (1 + drawn)
+        assert whos.count("text_features") == 2 * drawn + ((factor, level) == ("anchors", "in_domain"))
+    (a, b) = (arm.plan for arm in arms if (arm.level, arm.who) == ("8 pairs", "expert"))
+    assert not np.allclose(a.vectors[0].direction, b.vectors[0].direction)  # a draw is of pairs
     measured = {k for k in keys if k[0] != "layers"}
     again = evidence.arms.factors(cell, layers, measuring.neutral, lambda *key: key in measured)
     assert {a.factor for a in again} == {"layers"}
+
+
+def test_near_copies_are_kept_apart():
+    apart = Apart()
+    assert apart.take("I think it's important to help.") and not apart.take("I think it\u2019s important to help!")
+    assert apart.near("They say: I think it's important to help, always.") and apart.take("No such thing.")
+    assert list(apart.pairs(["one two", "one two", "three four"], ["five six", "seven eight", "nine ten"])) == [
+        ("one two", "five six"), ("three four", "seven eight")]  # fmt: skip
 
 
 def lines(effects):
@@ -154,22 +174,67 @@ def test_the_report_is_arithmetic_on_the_lines(tmp_path):
     whos = {"native": 2.0, "expert": 1.5, "untrained": 0.5, "text_features": 0.2, "permuted": 0.1, "random": 0.1}
     table = Table(json.loads(json.dumps(list(lines({(n, w): m for n in names for w, m in whos.items()})))))
     found = medians(table, "p", names, "base", "recommended")
-    near = {"expert": 0.75, "untrained": 0.25, "beyond": 0.5, "own": 1.0, "ahead": -0.25}
+    near = {
+        "expert": 0.75,
+        "untrained": 0.25,
+        "beyond": 0.5,
+        "beyond_text": 0.65,
+        "own": 1.0,
+        "ahead": -0.25,
+        "change": 0.0,
+    }
+    assert set(found) == set(near)
     for name, value in near.items():
         middle, low, high = found[name] or (np.nan,) * 3
         assert abs(middle - value) < 0.03 and low <= middle <= high
     assert base_table(table, "p", names).count("\n") == len(names) + 2
-    assert "recommended" in factor_table(table, "p", names) and ahead(table, "p") == []
-    assert abs(table.null("p", names[0], "base", "recommended", "random") - 1.96 * 0.1) < 0.05
-    assert share([np.ones(5)], None, [np.full(9, 2.0)]) == [0.5, 0.5, 0.5] and one(np.ones(4)) == [1.0, 1.0, 1.0]
+    assert factor_table(table, "p", names).count("\n") == 1 and ahead(table, "p") == []  # no factor was varied
+    # one draw of 0.1: Student's t with one degree of freedom
+    assert abs(table.null("p", names[0], "base", "recommended", "random") - 12.7 * 0.1) < 0.4
+    assert one(np.ones((1, 4))) == [1.0, 1.0, 1.0]
+    assert over({"a": np.ones((1, 5))}, {"a": np.full((1, 9), 2.0)}) == [0.5, 0.5, 0.5]
 
 
-def test_an_expert_ahead_of_native_is_found_on_the_tuning_concepts_and_looked_up_on_the_others():
-    effects = {(n, w): m for n in TUNING for w, m in (("native", 1.0), ("expert", 1.5))}
-    effects |= {(n, w): m for n in REPORTING for w, m in (("native", 1.0), ("expert", 0.9))}
-    ((factor, level, first, second),) = ahead(Table(lines(effects)), "p")
-    assert (factor, level) == ("base", "recommended") and second is not None
-    assert abs(first[0] - 0.5) < 0.05 and abs(second[0] + 0.1) < 0.05
+def test_concepts_that_native_does_not_steer_count_in_no_median():
+    whos = {"native": 2.0, "expert": 1.0, "untrained": 0.0, "text_features": 0.0, "random": 0.01}
+    weak = {**whos, "native": 0.05, "expert": 5.0}
+    table = Table(
+        lines({(n, w): m for n, arms in zip(REPORTING[:2], (whos, weak), strict=True) for w, m in arms.items()})
+    )
+    assert table.steerable("p", REPORTING) == [REPORTING[0]]
+    assert "| **median** |  |  |  | 0.5" in base_table(table, "p", REPORTING)
+
+
+@given(st.integers(0, 1000))
+def test_an_interval_holds_the_spread_of_draws(seed):
+    x = np.random.default_rng(seed).normal(size=(3, 40)) + np.array([[-1.0], [0.0], [1.0]])
+    value, low, high = one(x)
+    assert low <= value <= high and high - low > 1  # three draws this far apart
+    assert (one(x, x, np.ones((1, 40)))[0]) == 0.0
+
+
+def test_the_mean_over_concepts_is_tested_for_these_concepts():
+    rows = {n: np.full((1, 8), 1.5) for n in "ab"}
+    units = {n: np.ones((1, 8)) for n in "ab"}
+    found = mean_over(rows, units)
+    assert found is not None and found[0] == [0.5, 0.5, 0.5] and found[1] < 0.001 and found[2]
+    below = mean_over({**rows, "b": np.zeros((1, 8))}, units)
+    assert below is not None and not below[2] and below[1] == 1.0
+    assert mean_over({}, units) is None
+
+
+def test_an_expert_ahead_of_native_is_found_on_the_tuning_concepts_and_tested_on_the_others():
+    base = {"native": 1.0, "expert": 1.0, "random": 0.001}
+    effects = {(n, w): m for n in (*TUNING, *REPORTING) for w, m in base.items()}
+    made = list(lines(effects))
+    for level, better in (("good", (1.5, 1.4)), ("lucky", (1.5, 0.9)), ("bad", (0.5, 1.5))):
+        for concepts, mean in zip((TUNING, REPORTING), better, strict=True):
+            made += [{**x, "factor": "labels", "level": level} for x in lines({(n, "expert"): mean for n in concepts})]
+    found: dict[str, Any] = {level: rest for _, level, *rest in ahead(Table(made), "p")}
+    assert set(found) == {"good", "lucky"}
+    assert abs(found["good"][0][0] - 0.5) < 0.06 and abs(found["good"][1][0] - 0.4) < 0.06
+    assert found["good"][3] < 0.01 and found["lucky"][3] > 0.5
+    assert factor_table(Table(made), "p", TUNING).count("\n") == 1 + 1 + 3  # the base is the first row
 
 
 def test_a_page_is_filled_with_tables_and_filling_it_again_changes_nothing(tmp_path):
