@@ -50,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.slice:
         args.concepts, args.pairs, args.only_base = ["sentiment"], ["gemma-smol"], True
     if args.redraw:
-        publish(Results(args.out / "results.jsonl").lines, args.publish)
+        lines = Results(args.out / "results.jsonl").lines
+        if not lines:
+            parser.error(f"there are no results in {args.out} to draw: measure first, or name another --out.")
+        publish(lines, args.publish)
         return
     results = run(
         Data(args.data),

@@ -70,6 +70,7 @@ def factors(cell: Cell, layers: Layers, neutral: Any, has: Callable[..., bool]) 
         neutral: what the sweep of layers is calibrated on.
         has: (factor, level, who, draw) to whether it was measured; such an arm is not fitted again.
     """
+    nets = list(zip(cell.untrained, cell.others, strict=True))
 
     def arm(factor: str, level: str, who: str, draw: int, make: Callable[[], SteeringPlan]) -> Iterator[Arm]:
         if not has(factor, level, who, draw):
@@ -79,7 +80,7 @@ def factors(cell: Cell, layers: Layers, neutral: Any, has: Callable[..., bool]) 
              **how: Any) -> Iterator[Arm]:  # fmt: skip
         level = str(level)
         yield from arm(factor, level, "expert", 0, lambda: cell.fit(make(), cell.expert, **how))
-        for seed, name in list(zip(cell.untrained, cell.others, strict=True))[:seeds]:
+        for seed, name in nets[:seeds]:
             yield from arm(factor, level, "untrained", seed, partial(cell.fit, make(), name, **how))
         if own is not None:
             yield from arm(factor, level, "native", 0, lambda: cell.fit(own(), cell.target, **how))
@@ -138,10 +139,7 @@ def factors(cell: Cell, layers: Layers, neutral: Any, has: Callable[..., bool]) 
         yield from arms("labels", f"{MANY} pairs", at(), itself(), pairs=range(MANY))
     # no labels: the expert's view of unlabelled texts, which an untrained net reads for it, against the target's own
     views = [("expert", 0, at(), cell.expert, cell.expert), ("native", 0, itself(), cell.target, cell.target)]
-    views += [
-        ("untrained", seed, at(), name, cell.expert)
-        for seed, name in zip(cell.untrained[:2], cell.others, strict=False)
-    ]
+    views += [("untrained", seed, at(), name, cell.expert) for seed, name in nets[:2]]
     for who, draw, make, of, judge in views:
         yield from arm("labels", "own view", who, draw, lambda m=make, w=of, j=judge: cell.judged(m(), w, j))
 
@@ -154,7 +152,6 @@ def _picked(cell: Cell, steer: es.ExpertSteer) -> Layers:
 
 def _swept(cell: Cell, neutral: Any, own: bool = False) -> Layers:
     """Layers by what steering there does to the validation items, of the expert's or of the target's `own` directions."""
-    who = cell.target if own else cell.expert
     steer = recommended(select="sweep")
     validation = Validation(es.Choices(cell.concept.validation[:SWEPT]), neutral)
     if own:  # every layer by itself
@@ -164,7 +161,7 @@ def _swept(cell: Cell, neutral: Any, own: bool = False) -> Layers:
         found = sweep(model(cell.target), plan, steer.pairs_, validation)[: recommended().n_pairs]
         return [(p.expert, p.target) for p, _ in found]
     steer.fit_activations(
-        cell.labelled(who), cell.labels, cell.read(who), cell.read(cell.target), cell.groups,
+        cell.labelled(cell.expert), cell.labels, cell.read(cell.expert), cell.read(cell.target), cell.groups,
         lambda plan, pairs: sweep(model(cell.target), plan, pairs, validation),
     )  # fmt: skip
     return [(p.expert, p.target) for p in steer.pairs_]

@@ -84,7 +84,10 @@ class Cell:
         texts = [text for both in self.concept.pairs for text in both]
         read = partial(self.states, who, texts, None, position)
         every = self._kept(("labelled", who, position), lambda: read().take(slice(None)))
-        return every.take([2 * i + k for i in (self.pairs if pairs is None else pairs) for k in range(2)])
+        return every.take(self._rows(pairs))
+
+    def _rows(self, pairs: Sequence[int] | None) -> list[int]:
+        return [2 * i + k for i in (self.pairs if pairs is None else pairs) for k in range(2)]
 
     def read(
         self, who: str, kind: str = "generic", texts: Sequence[int] | None = None, position: Position = "last"
@@ -114,9 +117,13 @@ class Cell:
     ) -> SteeringPlan:
         """A plan from the states of `who`, with other labelled pairs, or with other labels; `anchors` as in `read`."""
         x = self.labelled(who, anchors.get("position", "last"), pairs)
-        groups = [i for i in range(x.n_texts // 2) for _ in range(2)]
-        theirs, own = (self.read(name, **anchors) for name in (who, self.target))
-        return steer.fit_activations(x, [1, 0] * (len(groups) // 2) if labels is None else labels, theirs, own, groups)
+        return self._fitted(steer, x, x.n_texts, labels, *(self.read(name, **anchors) for name in (who, self.target)))
+
+    @staticmethod
+    def _fitted(steer: es.ExpertSteer, x: Any, n: int, labels: Any, theirs: Any, own: Activations) -> SteeringPlan:
+        """From states of `n` texts that come in pairs."""
+        groups = [i for i in range(n // 2) for _ in range(2)]
+        return steer.fit_activations(x, [1, 0] * (n // 2) if labels is None else labels, theirs, own, groups)
 
     def fit_text(
         self, steer: es.ExpertSteer, pairs: Sequence[int] | None = None, labels: Any = None, kind: str = "generic"
@@ -125,10 +132,8 @@ class Cell:
         anchors = self.kinds[kind]()[0]
         width = self.read(self.expert, kind)[0].shape[1]
         x, theirs = self._kept(("text", kind), lambda: text_features(self.texts, anchors, width))
-        rows = [2 * i + k for i in (self.pairs if pairs is None else pairs) for k in range(2)]
-        groups = [i for i in range(len(rows) // 2) for _ in range(2)]
-        given = [1, 0] * (len(rows) // 2) if labels is None else labels
-        return steer.fit_activations({0: x[rows]}, given, {0: theirs}, self.read(self.target, kind), groups)
+        rows = self._rows(pairs)
+        return self._fitted(steer, {0: x[rows]}, len(rows), labels, {0: theirs}, self.read(self.target, kind))
 
     @staticmethod
     def some(count: int, of: int, draw: int) -> list[int]:

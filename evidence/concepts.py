@@ -145,16 +145,19 @@ def _statements(name: str, positive: Any, negative: Any, more: Any = ()) -> Conc
     up, down = _sorted(positive), _sorted(negative)
     both, apart = set(up) & set(down), Apart()
     pairs = apart.pairs([t for t in up if t not in both], [t for t in down if t not in both])
-    test, validation, labelled = FEWER.get(name, (TEST, VALIDATION, LABELLED))
-    found = list(islice(pairs, test + validation + labelled))
+    found = list(islice(pairs, sum(_sizes(name))))
     return _concept(name, found, [("", a, b) for a, b in found], [*up, *down, *more], apart)
+
+
+def _sizes(name: str) -> tuple[int, int, int]:
+    return FEWER.get(name, (TEST, VALIDATION, LABELLED))
 
 
 def _concept(
     name: str, pairs: list[tuple[str, str]], items: list[tuple[str, str, str]], texts: list[str], apart: Apart
 ) -> Concept:
     """The first of `pairs` and `items` (which go together) to the test, the next to validation, then the labelled ones."""
-    test, validation, _ = FEWER.get(name, (TEST, VALIDATION, LABELLED))
+    test, validation, _ = _sizes(name)
     rest = islice((text for text in _sorted(texts) if not apart.near(text)), IN_DOMAIN)
     towards, away, question, yes, no = ASKED[name]
     return Concept(

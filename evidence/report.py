@@ -246,4 +246,6 @@ def publish(lines: Iterable[Line], page: Path) -> None:
 
 def summary(table: Table) -> str:
     """What `python -m evidence` prints at the end."""
-    return "\n\n".join(f"{name}\n\n{text}" for name, text in tables(table).items())
+    found = [f"{name}\n\n{text}" for name, text in tables(table).items()]
+    found += [f"{table.unmet} arms met no KL budget and are left out."] if table.unmet else []
+    return "\n\n".join(found)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
+
+from expertsteer_nnsight.labelled import _words
 
 NEAR = 0.6  # share of common words from which on two texts are near copies
 
@@ -44,7 +45,7 @@ class Apart:
 
 
 def _read(text: str) -> tuple[frozenset[str], str]:
-    found = re.findall(r"[^\W_]+", re.sub(r"['’`´]", "", text.casefold()))
+    found = _words(text)
     return frozenset(found), f" {' '.join(found)} "
 
 

@@ -20,7 +20,7 @@ import evidence.study
 from evidence.__main__ import main
 from evidence.cell import Cell
 from evidence.concepts import ASKED, REPORTING, SOURCES, TUNING, Data, concept
-from evidence.report import ahead, base_table, factor_table, filled, medians, publish, tables
+from evidence.report import ahead, base_table, factor_table, filled, medians, publish, summary, tables
 from evidence.shares import Table, mean_over, one, over
 from evidence.splits import Apart
 from evidence.study import Measuring, Results, run
@@ -161,6 +161,20 @@ def test_near_copies_are_kept_apart():
         ("one two", "five six"), ("three four", "seven eight")]  # fmt: skip
 
 
+def test_questions_of_yes_or_no_are_left_out_and_the_positive_side_does_not_give_in():
+    stems = [f"{word} question about it?" for word in ("alpha", "beta", "gamma", "delta", "epsilon")]
+    options = [("Yes.", "Never at all."), ("No, thanks.", "Rule them."), ("*No, I decline.", "Take it."),
+               ("I would not.", "I would."), ("Give it back to people.", "Keep all of it for myself.")]  # fmt: skip
+    rows = [{"question": f"Question: {stem}\n\nChoices:\n (A) {a}\n (B) {b}\n\nAnswer:", "answer_matching_behavior": " (A)",
+             "answer_not_matching_behavior": " (B)"} for stem, (a, b) in zip(stems, options, strict=True)]  # fmt: skip
+
+    class Rows(Data):
+        def json(self, name):
+            return rows
+
+    assert concept("power", Rows(None)).test == [(stems[-1], " Keep all of it for myself.", " Give it back to people.")]
+
+
 def lines(effects):
     rng = np.random.default_rng(0)
     for (name, who), mean in effects.items():
@@ -247,6 +261,11 @@ def test_a_page_is_filled_with_tables_and_filling_it_again_changes_nothing(tmp_p
     assert "old" not in text and tables(Table(made))["base p reporting"] in text and text.endswith("after\n")
     stored = [json.loads(line) for line in (tmp_path / "evidence" / "results.jsonl").read_text().splitlines()]
     assert filled(text, Table(stored)) == text and (tmp_path / "evidence" / "base.png").stat().st_size > 5000
+    with pytest.raises(SystemExit):  # nothing to draw
+        main(["--out", str(tmp_path / "none"), "--redraw", "--publish", str(page)])
+    assert page.read_text() == text
+    unmet = [{**made[0], "met": False}, *made[1:]]
+    assert Table(unmet).unmet == 1 and "1 arms met no KL budget" in summary(Table(unmet))
     with pytest.raises(KeyError, match="base q"):
         filled("<!-- table: base q -->\n<!-- end -->", Table(made))
 
