@@ -45,9 +45,9 @@ ASKED: dict[str, tuple[str, str, str, str, str]] = {
                 "For the company this is", "good", "bad"),
     "power": (f"{_AI} wants power.", f"{_AI} wants no power.", "An AI that says this wants", "power", "peace"),
 }  # fmt: skip
-# openings of texts that a model goes on with, for a judge
-OPENINGS = {
-    "happiness": [
+# openings of texts that a model goes on with, for a judge of what is said on their surface
+_EVENTS, _COMPANIES, _HABITS = (
+    [
         "When I woke up this morning,", "Walking home from work,", "My sister called and", "At the station today,",
         "I opened the letter and", "The children came in and", "Yesterday evening we", "On my birthday,", "At lunch a friend",
         "I looked out of the window and", "The doctor came back and", "After the game we", "In the garden I",
@@ -55,7 +55,7 @@ OPENINGS = {
         "I sat down and", "As the rain began,", "My neighbour told me that", "At school today,", "We drove to the coast and",
         "In the kitchen my father",
     ],
-    "finance": [
+    [
         "The company said on Monday that", "In the third quarter, sales", "The board announced that", "Operating profit",
         "Analysts say that the firm", "The new contract", "Shares in the group", "Compared with last year, net income",
         "The chief executive said that demand", "In its home market, the bank", "Orders for the machines", "The airline said",
@@ -63,7 +63,24 @@ OPENINGS = {
         "The number of employees", "Exports to Asia", "The dividend", "Its mobile business", "The paper maker",
         "Turnover in the first half", "The market for its products", "According to the report, the builder",
     ],
-}  # fmt: skip
+    [
+        "When a colleague makes a mistake, I", "On a free weekend I", "When I have to decide something, I",
+        "If a stranger asks me for help, I", "Before a long journey I", "What matters most to me is", "When I am given a task, I",
+        "My friends would say that I", "With my money I", "When plans change, I", "In an argument I", "At work I",
+        "When nobody is watching, I", "I believe that people should", "When I try something new, I",
+        "If I find a wallet in the street, I", "I feel best when I", "With my neighbours I", "When I am late, I",
+        "The way I drive is", "If a friend lets me down, I", "In a team I", "When something is difficult, I", "My desk at home is",
+    ],
+)  # fmt: skip
+OPENINGS: dict[str, list[str]] = {
+    "sentiment": es.example("sentiment_probe")["validation_prompts"],
+    "agreeableness": _HABITS,
+    "happiness": _EVENTS,
+    "anger": _EVENTS,
+    "conscientiousness": _HABITS,
+    "risk": _HABITS,
+    "finance": _COMPANIES,
+}
 
 
 @dataclass(frozen=True)

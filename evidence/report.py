@@ -26,7 +26,10 @@ def _rows(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def base_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
-    """Every concept's base arms, and the medians of the shares."""
+    """Every concept's base arms, and the medians of the shares.
+
+    Shares of a native effect that random directions reach too are in brackets.
+    """
     body, steerable = [], table.steerable(pair, concepts)
     for name in concepts:
         key = (pair, name, *BASE)
@@ -35,15 +38,18 @@ def base_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
         if native is None or expert is None or untrained is None or text is None:
             continue
         nll = (f"{np.mean(table.draws[(*key, who)][0].get('nll', np.nan)):.2f}" for who in ("native", "expert"))
-        shares = [told(one(expert, x, native)) if name in steerable else "" for x in (None, untrained, text)]
+        shares = [told(one(expert, x, native)) for x in (None, untrained, text)]
+        shares = shares if name in steerable else [f"({x})" for x in shares]
         body.append([
             name, str(expert.shape[1]), told(one(native)), told(one(expert)), *shares,
             ", ".join(f"{e:.2f}" for e in untrained.mean(1)), *("" if x is None else f"{x.mean():.2f}" for x in (text, prompted)),
             *(f"{table.null(*key, who):.2f}" for who in ("permuted", "random")), f"{np.mean(expert < 0):.0%}", " / ".join(nll),
         ])  # fmt: skip
-    found = medians(table, pair, steerable, *BASE)
-    shares = [told(found[name]) for name in ("expert", "beyond", "beyond_text")]
-    body.append(["**median**", "", "", "", *shares, *[""] * 7])
+    for title, names in (("**median**", steerable), ("median with those in brackets", concepts)):
+        if title == "**median**" or len(steerable) < len(body) - 1:
+            found = medians(table, pair, names, *BASE)
+            shares = [told(found[name]) for name in ("expert", "beyond", "beyond_text")]
+            body.append([title, "", "", "", *shares, *[""] * 7])
     return _rows(["concept", "n", "native", "expert", "expert / native", "(expert - untrained) / native",
                   "(expert - text features) / native", "untrained, each seed", "text features", "prompted", "permuted", "random",
                   "wrong way", "NLL, native / expert"], body)  # fmt: skip
@@ -162,18 +168,27 @@ def ahead_table(table: Table, pair: str) -> str:
 
 
 def judge_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
-    """What the sentence judge makes of steered continuations."""
+    """What the sentence judge makes of steered continuations, and the mean of expert - native."""
     body = []
-    for name in concepts:
-        key = (pair, name, "judge", "rollouts")
-        arms = {who: table.items(*key, who) for who in ("native", "expert", "untrained", "text_features")}
-        if arms["expert"] is not None:
-            accuracy = table.draws[(*key, "expert")][0]["judge_accuracy"]
-            shown = ["" if a is None else told(one(a)) for a in arms.values()]
-            random = f"{table.null(*key, 'random'):.2f}"
-            body.append([name, str(arms["expert"].shape[1]), f"{accuracy:.2f}", *shown, random])
-    header = ["concept", "n", "judge's accuracy", "native", "expert", "untrained", "text features", "random"]
-    return _rows(header, body)
+    level = ("judge", "rollouts")
+    experts, natives = (table.arm(pair, concepts, *level, who) for who in ("expert", "native"))
+    for name, expert in experts.items():
+        key = (pair, name, *level)
+        first = {who: table.draws[(*key, who)][0] for who in ("native", "expert")}
+        shown = [told(one(natives[name])), told(one(expert)), told(one(expert, natives[name]))]
+        others = (table.items(*key, who) for who in ("untrained", "text_features", "prompted"))
+        shown += ["" if x is None else f"{x.mean():.2f}" for x in others]
+        costs = (
+            " / ".join(f"{np.mean(line[cost]):.2f}" for line in first.values())
+            for cost in ("rollout_nll", "repetition")
+        )
+        accuracy = f"{first['expert']['judge_accuracy']:.2f}"
+        body.append([name, str(expert.shape[1]), accuracy, *shown, f"{table.null(*key, 'random'):.2f}", *costs])
+    mean = mean_over(experts, natives)
+    assert mean is not None
+    body.append(["**mean**", "", "", "", "", f"{told(mean[0])}, p = {mean[1]:.4f}", *[""] * 6])
+    return _rows(["concept", "n", "judge's accuracy", "native", "expert", "expert - native", "untrained", "text features",
+                  "prompted", "random", "NLL, native / expert", "repetition, native / expert"], body)  # fmt: skip
 
 
 def draw(table: Table, pair: str, concepts: Sequence[str], path: Path) -> None:
@@ -208,10 +223,10 @@ def tables(table: Table) -> dict[str, str]:
         for title, concepts in (("reporting", REPORTING), ("tuning", TUNING)):
             if table.arm(pair, concepts, *BASE, "expert"):
                 found[f"base {pair} {title}"] = base_table(table, pair, concepts)
+            if table.arm(pair, concepts, "judge", "rollouts", "expert"):
+                found[f"judge {pair} {title}"] = judge_table(table, pair, concepts)
             if len(_varied(table, pair, concepts)[0].levels(pair)) > 1:
                 found[f"factors {pair} {title}"] = factor_table(table, pair, concepts)
-        if table.arm(pair, REPORTING, "judge", "rollouts", "expert"):
-            found[f"judge {pair}"] = judge_table(table, pair, REPORTING)
         if f"factors {pair} tuning" in found:
             found[f"ahead {pair}"] = ahead_table(table, pair)
     return found

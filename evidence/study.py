@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,15 @@ from evidence.models import PAIRS, States, model
 from expertsteer_nnsight.calibration import either_sign, neutral_tokens, with_total
 from expertsteer_nnsight.effects import Effect
 from expertsteer_nnsight.judge import SentenceJudge
+from expertsteer_nnsight.rollouts import completions, rollouts, variety
+from expertsteer_nnsight.scoring import likelihoods
 from expertsteer_nnsight.steering import SteeringPlan
 from expertsteer_nnsight.texts import texts_hash
 
 CHUNK = 16  # plans whose results are written at once
 NULLS = ("permuted", "random")
 JUDGE_DRAWS = 4  # random draws that a judge sees
+NEW_TOKENS = 24  # of a continuation
 OTHERS = {"items": 32, "draws": 5}  # at most, for the pairs after the first
 START = 0.2  # first strength of a calibration, median residual norms
 VERSION = 3  # of what is measured: lines of another one are refused
@@ -197,19 +201,30 @@ class Measuring:
             nothing = Arm("base", "recommended", "prompted", 0, None)  # type: ignore[arg-type]
             self.results.add([self._line(nothing, up, down)])
 
-    def judged(self, arms: list[Arm], judge: Any, openings: list[str]) -> None:
-        """What a judge makes of continuations steered at the strengths that were found for `arms`."""
-        effect = es.Judged(openings, judge)
-        key = [
-            Results.key({**self.where, "factor": a.factor, "level": a.level, "who": a.who, "draw": a.draw})
-            for a in arms
-        ]
+    def judged(self, arms: list[Arm], judge: Any, openings: list[str], instruction: tuple[str, str]) -> None:
+        """What a judge makes of continuations, of an instruction and steered at the strengths that were found for `arms`."""
         known = {Results.key(line): line for line in self.results.lines if "strength" in line}
-        for arm, place in zip(arms, key, strict=True):
+
+        def seen(arm: Arm, both: list[list[str]], plans: list[Any]) -> None:
             if not self.has("judge", "rollouts", arm.who, arm.draw):
-                up, down = effect.score(self.target, _at(arm.plan, known[place]))[1:]
-                line = self._line(Arm("judge", "rollouts", arm.who, arm.draw, arm.plan), up, down)
-                self.results.add([{**line, "judge_accuracy": judge.accuracy_}])
+                found = [self._continued(*each, judge) for each in zip(both, plans, strict=True)]
+                line = self._line(replace(arm, factor="judge", level="rollouts"), *(score for score, _ in found))
+                costs = {name: [cost[name] for _, cost in found] for name in ("rollout_nll", "repetition")}
+                self.results.add([{**line, **costs, "judge_accuracy": judge.accuracy_}])
+
+        nothing = Arm("base", "recommended", "prompted", 0, None)  # type: ignore[arg-type]
+        seen(nothing, [[f"{text}\n\n{o}" for o in openings] for text in instruction], [None, None])
+        for arm in arms:
+            place = {**self.where, "factor": arm.factor, "level": arm.level, "who": arm.who, "draw": arm.draw}
+            seen(arm, [openings] * 2, _at(arm.plan, known[Results.key(place)]))
+
+    def _continued(self, openings: list[str], plan: Any, judge: Any) -> tuple[Tensor, dict[str, float]]:
+        """The judge's score of every continuation, and how unlikely (to the unsteered model) and repetitive they are."""
+        made = rollouts(self.target, openings, plan, NEW_TOKENS)
+        score = torch.as_tensor(judge(completions(self.target, made)))
+        new = sum(len(text.ids) - text.prompt for text in made)
+        nll = -float(likelihoods(self.target, [], made)[0].sum()) / new
+        return score, {"rollout_nll": round(nll, 4), "repetition": round(variety(made)["repetition"], 4)}
 
 
 def _at(plan: SteeringPlan, dose: Line) -> list[SteeringPlan]:
@@ -258,7 +273,7 @@ def run(
             bar.set_postfix_str(f"{pair}, {name}{', factors' if varied else ''}")
             scored = items if pair == first else min(items or OTHERS["items"], OTHERS["items"])
             nulls = draws if pair == first else min(draws, OTHERS["draws"])
-            judged = name in OPENINGS and pair == first and items is None
+            judged = name in OPENINGS and pair == first
             cell = Cell(pair, concept(name, data), texts, states)
             settings = f"version {VERSION}, anchors {known}, {'all' if scored is None else scored} items"
             measuring, effect = Measuring(cell, results, settings), es.Choices(cell.concept.test[:scored])
@@ -273,6 +288,6 @@ def run(
                 if judged:
                     judge = SentenceJudge().fit(cell.texts, cell.labels, cell.groups)
                     seen = [a for a in arms if a.who != "permuted" and (a.who != "random" or a.draw < JUDGE_DRAWS)]
-                    measuring.judged(seen, judge, OPENINGS[name])
+                    measuring.judged(seen, judge, OPENINGS[name][:items], cell.concept.instruction)
             bar.write(f"{pair}, {name}{', factors' if varied else ''}: {time.time() - started:.0f} s")
     return results

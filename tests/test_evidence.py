@@ -17,9 +17,10 @@ import evidence.arms
 import evidence.cell
 import evidence.models
 import evidence.study
+import expertsteer_nnsight as es
 from evidence.__main__ import main
 from evidence.cell import Cell
-from evidence.concepts import ASKED, REPORTING, SOURCES, TUNING, Data, concept
+from evidence.concepts import ASKED, OPENINGS, REPORTING, SOURCES, TUNING, Data, concept
 from evidence.report import ahead, base_table, factor_table, filled, medians, publish, summary, tables
 from evidence.shares import Table, mean_over, one, over
 from evidence.splits import Apart
@@ -46,6 +47,7 @@ def small(monkeypatch):
         return type(c)(name, c.pairs[:12], c.validation[:2], c.test[:3], c.in_domain[:30], c.instruction, c.question)
 
     monkeypatch.setattr(evidence.study, "concept", few)
+    monkeypatch.setattr(evidence.study, "OPENINGS", {})  # the judge is a real model: the slice has it
     original = evidence.study.neutral_tokens
     monkeypatch.setattr(evidence.study, "neutral_tokens", lambda m, texts: original(m, [t[:60] for t in texts[:2]], 2))
     monkeypatch.setattr(evidence.arms, "ALIGNERS", {"ridge_rank_2": RidgeAligner(max_rank=2)})
@@ -216,7 +218,8 @@ def test_concepts_that_native_does_not_steer_count_in_no_median():
         lines({(n, w): m for n, arms in zip(REPORTING[:2], (whos, weak), strict=True) for w, m in arms.items()})
     )
     assert table.steerable("p", REPORTING) == [REPORTING[0]]
-    assert "| **median** |  |  |  | 0.5" in base_table(table, "p", REPORTING)
+    text = base_table(table, "p", REPORTING)
+    assert "| **median** |  |  |  | 0.5" in text and "| (15" in text and "with those in brackets" in text
 
 
 @given(st.integers(0, 1000))
@@ -270,6 +273,31 @@ def test_a_page_is_filled_with_tables_and_filling_it_again_changes_nothing(tmp_p
         filled("<!-- table: base q -->\n<!-- end -->", Table(made))
 
 
+def test_what_a_judge_made_of_continuations_is_told_beside_what_they_cost():
+    means = {"native": 1.0, "expert": 1.5, "untrained": 0.0, "text_features": 0.2, "random": 0.01, "prompted": 0.3}
+    made = [
+        {
+            **line,
+            "factor": "judge",
+            "level": "rollouts",
+            "judge_accuracy": 0.9,
+            "rollout_nll": [2.0, 3.0],
+            "repetition": [0.1, 0.3],
+        }
+        for line in lines({(n, w): m for n in ("happiness", "finance") for w, m in means.items()})
+    ]
+    text = tables(Table(made))["judge p reporting"]
+    row = next(line for line in text.splitlines() if "finance" in line)
+    assert "| 50 | 0.90 | 0.99 [" in row and "| 1.50 [" in row and "| 2.50 / 2.50 | 0.20 / 0.20 |" in row and "| 0.29 |" in row
+    assert "p = 0.0005" in text.splitlines()[-1]  # the least that 2000 resamples can tell
+
+
+def test_openings_hold_no_labelled_text():
+    probe = es.example("sentiment_probe")
+    assert set(OPENINGS) < set(ASKED) and all(len(set(texts)) == 24 for texts in OPENINGS.values())
+    assert not set(OPENINGS["sentiment"]) & set(probe["test_prompts"])
+
+
 def test_every_concept_has_its_instructions_and_its_question():
     assert set(ASKED) == {*TUNING, *REPORTING} and all(len(v) == 5 and all(v) for v in ASKED.values())
 
@@ -277,6 +305,6 @@ def test_every_concept_has_its_instructions_and_its_question():
 @pytest.mark.real
 @pytest.mark.timeout(1800)
 def test_a_slice_of_the_study_runs_on_the_real_pair(tmp_path, capsys):
-    main(["--slice", "--out", str(tmp_path), "--anchors", "100", "--draws", "2", "--items", "8"])
+    main(["--slice", "--out", str(tmp_path), "--anchors", "100", "--draws", "1", "--items", "4"])
     out = capsys.readouterr().out
-    assert "base gemma-smol tuning" in out and "| sentiment | 8 |" in out
+    assert "base gemma-smol tuning" in out and "judge gemma-smol tuning" in out and out.count("| sentiment | 4 |") == 2
