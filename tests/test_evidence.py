@@ -288,7 +288,12 @@ def test_what_a_judge_made_of_continuations_is_told_beside_what_they_cost():
     ]
     text = tables(Table(made))["judge p reporting"]
     row = next(line for line in text.splitlines() if "finance" in line)
-    assert "| 50 | 0.90 | 0.99 [" in row and "| 1.50 [" in row and "| 2.50 / 2.50 | 0.20 / 0.20 |" in row and "| 0.29 |" in row
+    assert (
+        "| 50 | 0.90 | 0.99 [" in row
+        and "| 1.50 [" in row
+        and "| 2.50 / 2.50 | 0.20 / 0.20 |" in row
+        and "| 0.29 |" in row
+    )
     assert "p = 0.0005" in text.splitlines()[-1]  # the least that 2000 resamples can tell
 
 
