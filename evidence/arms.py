@@ -9,6 +9,7 @@ from typing import Any
 import expertsteer_nnsight as es
 from evidence.cell import Arm, Cell
 from evidence.models import model
+from evidence.shares import WIDENED
 from expertsteer_nnsight.alignment import IdentityAligner, ProcrustesAligner
 from expertsteer_nnsight.control_arms import control_arms
 from expertsteer_nnsight.layer_sweep import Validation, sweep
@@ -51,6 +52,20 @@ def base(cell: Cell, draws: int = 10) -> tuple[list[Arm], Layers]:
         seeds = cell.untrained if who == "untrained" else range(len(plans))
         found += [Arm("base", "recommended", who, i, p, few) for i, p in zip(seeds, plans, strict=True)]
     return found, [(p.expert, p.target) for p in steer.pairs_]
+
+
+def widened(cell: Cell, has: Callable[..., bool]) -> Iterator[Arm]:
+    """The recommended setting with the concept's unlabelled texts among the anchors, and its controls; native is the base's."""
+    kind, level = "generic+in_domain", ("base", WIDENED)
+    if has(*level, "text_features", 0):  # the last one
+        return
+    steer = recommended()
+    yield Arm(*level, "expert", 0, cell.fit(steer, cell.expert, kind=kind))
+    layers = [(p.expert, p.target) for p in steer.pairs_]
+    for seed, name in zip(cell.untrained, cell.others, strict=True):
+        yield Arm(*level, "untrained", seed, cell.fit(recommended(layers=layers), name, kind=kind))
+    words = recommended(layers=[(0, t) for _, t in layers])
+    yield Arm(*level, "text_features", 0, cell.fit_text(words, kind=kind))
 
 
 def native(layers: Layers, **changes: Any) -> es.ExpertSteer:

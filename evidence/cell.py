@@ -129,7 +129,7 @@ class Cell:
         self, steer: es.ExpertSteer, pairs: Sequence[int] | None = None, labels: Any = None, kind: str = "generic"
     ) -> SteeringPlan:
         """The same with hashed n-grams in the expert's place; `steer` has the layer 0 for all pairs."""
-        anchors = self.kinds[kind]()[0]
+        anchors = [text for k in kind.split("+") for text in self.kinds[k]()[0]]
         width = self.read(self.expert, kind)[0].shape[1]
         x, theirs = self._kept(("text", kind), lambda: text_features(self.texts, anchors, width))
         rows = self._rows(pairs)

@@ -11,7 +11,7 @@ import numpy as np
 
 from evidence.concepts import REPORTING, TUNING
 from evidence.models import PAIRS
-from evidence.shares import BASE, Line, Rows, Table, mean_over, one, over
+from evidence.shares import BASE, WIDENED, Line, Rows, Table, mean_over, one, over
 from expertsteer_nnsight.plotting import figure
 
 
@@ -25,19 +25,21 @@ def _rows(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def base_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
+def base_table(table: Table, pair: str, concepts: Sequence[str], level: str = BASE[1]) -> str:
     """Every concept's base arms, and the medians of the shares.
 
-    Shares of a native effect that random directions reach too are in brackets.
+    Shares of a native effect that random directions reach too are in brackets. Another `level` of the base has an expert, untrained
+    experts and text features of its own.
     """
     body, steerable = [], table.steerable(pair, concepts)
     for name in concepts:
-        key = (pair, name, *BASE)
-        arms = {who: table.items(*key, who) for who in ("native", "expert", "untrained", "text_features", "prompted")}
-        native, expert, untrained, text, prompted = arms.values()
+        key, mine = (pair, name, *BASE), (pair, name, BASE[0], level)
+        native, prompted = (table.items(*key, who) for who in ("native", "prompted"))
+        expert, untrained, text = (table.items(*mine, who) for who in ("expert", "untrained", "text_features"))
         if native is None or expert is None or untrained is None or text is None:
             continue
-        nll = (f"{np.mean(table.draws[(*key, who)][0].get('nll', np.nan)):.2f}" for who in ("native", "expert"))
+        costs = (table.draws[(*key, "native")][0], table.draws[(*mine, "expert")][0])
+        nll = (f"{np.mean(line.get('nll', np.nan)):.2f}" for line in costs)
         shares = [told(one(expert, x, native)) for x in (None, untrained, text)]
         shares = shares if name in steerable else [f"({x})" for x in shares]
         body.append([
@@ -47,7 +49,7 @@ def base_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
         ])  # fmt: skip
     for title, names in (("**median**", steerable), ("median with those in brackets", concepts)):
         if title == "**median**" or len(steerable) < len(body) - 1:
-            found = medians(table, pair, names, *BASE)
+            found = medians(table, pair, names, BASE[0], level)
             shares = [told(found[name]) for name in ("expert", "beyond", "beyond_text")]
             body.append([title, "", "", "", *shares, *[""] * 7])
     return _rows(["concept", "n", "native", "expert", "expert / native", "(expert - untrained) / native",
@@ -223,6 +225,8 @@ def tables(table: Table) -> dict[str, str]:
         for title, concepts in (("reporting", REPORTING), ("tuning", TUNING)):
             if table.arm(pair, concepts, *BASE, "expert"):
                 found[f"base {pair} {title}"] = base_table(table, pair, concepts)
+            if table.arm(pair, concepts, BASE[0], WIDENED, "expert"):
+                found[f"{WIDENED} {pair} {title}"] = base_table(table, pair, concepts, WIDENED)
             if table.arm(pair, concepts, "judge", "rollouts", "expert"):
                 found[f"judge {pair} {title}"] = judge_table(table, pair, concepts)
             if len(_varied(table, pair, concepts)[0].levels(pair)) > 1:

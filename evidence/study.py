@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
-from evidence.arms import base, factors
+from evidence.arms import base, factors, widened
 from evidence.cell import Arm, Cell
 from evidence.concepts import FACTORED, OPENINGS, REPORTING, Data, concept, generic
 from evidence.models import PAIRS, States, model
@@ -279,7 +279,9 @@ def run(
             measuring, effect = Measuring(cell, results, settings), es.Choices(cell.concept.test[:scored])
             if varied:
                 done = [line for line in results.lines if (line["pair"], line["concept"]) == (pair, name)]
-                layers = next(line["layers"] for line in done if line["who"] == "expert" and line["factor"] == "base")
+                layers = next(
+                    line["layers"] for line in done if line["who"] == "expert" and line["level"] == "recommended"
+                )
                 measuring.arms(factors(cell, [(e, t) for e, t in layers], measuring.neutral, measuring.has), effect)
             elif not measuring.complete(nulls, judged):
                 arms, _ = base(cell, nulls)
@@ -289,5 +291,7 @@ def run(
                     judge = SentenceJudge().fit(cell.texts, cell.labels, cell.groups)
                     seen = [a for a in arms if a.who != "permuted" and (a.who != "random" or a.draw < JUDGE_DRAWS)]
                     measuring.judged(seen, judge, OPENINGS[name][:items], cell.concept.instruction)
+            if pair == first and not varied and not own:
+                measuring.arms(widened(cell, measuring.has), effect)
             bar.write(f"{pair}, {name}{', factors' if varied else ''}: {time.time() - started:.0f} s")
     return results

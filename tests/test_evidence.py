@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny
@@ -22,7 +23,7 @@ from evidence.__main__ import main
 from evidence.cell import Cell
 from evidence.concepts import ASKED, OPENINGS, REPORTING, SOURCES, TUNING, Data, concept
 from evidence.report import ahead, base_table, factor_table, filled, medians, publish, summary, tables
-from evidence.shares import Table, mean_over, one, over
+from evidence.shares import WIDENED, Table, mean_over, one, over
 from evidence.splits import Apart
 from evidence.study import Measuring, Results, run
 from expertsteer_nnsight import ExpertSteer, RidgeAligner, example
@@ -150,6 +151,13 @@ def test_every_factor_makes_its_arms(small, tmp_path):
         assert whos.count("text_features") == 2 * drawn + ((factor, level) == ("anchors", "in_domain"))
     (a, b) = (arm.plan for arm in arms if (arm.level, arm.who) == ("8 pairs", "expert"))
     assert not np.allclose(a.vectors[0].direction, b.vectors[0].direction)  # a draw is of pairs
+    wider = list(evidence.arms.widened(cell, measuring.has))
+    assert [a.who for a in wider] == ["expert"] + 3 * ["untrained"] + ["text_features"]
+    assert all(a.plan.layers == wider[0].plan.layers and a.items is None for a in wider)
+    (plain,) = (a for a in arms if (a.level, a.who) == ("generic+in_domain", "expert"))
+    assert torch.equal(wider[0].plan.vectors[0].direction, plain.plan.vectors[0].direction) == (
+        wider[0].plan.layers == plain.plan.layers
+    )
     measured = {k for k in keys if k[0] != "layers"}
     again = evidence.arms.factors(cell, layers, measuring.neutral, lambda *key: key in measured)
     assert {a.factor for a in again} == {"layers"}
@@ -209,6 +217,17 @@ def test_the_report_is_arithmetic_on_the_lines(tmp_path):
     assert abs(table.null("p", names[0], "base", "recommended", "random") - 12.7 * 0.1) < 0.4
     assert one(np.ones((1, 4))) == [1.0, 1.0, 1.0]
     assert over({"a": np.ones((1, 5))}, {"a": np.full((1, 9), 2.0)}) == [0.5, 0.5, 0.5]
+
+
+def test_wider_anchors_have_a_table_of_their_own_in_units_of_the_same_native_effect():
+    whos = {"native": 2.0, "expert": 1.0, "untrained": 0.0, "text_features": 0.0, "random": 0.01}
+    made = list(lines({("happiness", w): m for w, m in whos.items()}))
+    better = lines({("happiness", w): m for w, m in {"expert": 3.0, "untrained": 1.0, "text_features": 0.5}.items()})
+    made += [{**line, "level": WIDENED} for line in better]
+    found = tables(Table(made))
+    assert "| 0.5" in found["base p reporting"] and f"{WIDENED} p reporting" in found
+    row = found[f"{WIDENED} p reporting"].splitlines()[2]
+    assert "| 1.5" in row or "| 1.4" in row
 
 
 def test_concepts_that_native_does_not_steer_count_in_no_median():
