@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
@@ -35,15 +36,32 @@ from expertsteer_nnsight.scoring import likelihoods
 from expertsteer_nnsight.steering import SteeringPlan
 from expertsteer_nnsight.texts import texts_hash
 
-CHUNK = 16  # plans whose results are written at once
+CHUNK = 40  # plans that share forwards, and whose results are written at once
 NULLS = ("permuted", "random")
 JUDGE_DRAWS = 4  # random draws that a judge sees
 NEW_TOKENS = 24  # of a continuation
-OTHERS = {"items": 32, "draws": 5}  # at most, for the pairs after the first
+OTHERS = {"items": 32, "draws": 5, "anchors": 500}  # at most, for the pairs after the first
 START = 0.2  # first strength of a calibration, median residual norms
-VERSION = 3  # of what is measured: lines of another one are refused
+VERSION = 4  # of what is measured: lines of another one are refused
 DOSE = ("strength", "kl_p95", "met", "nll", "nll_unsteered")
 Line = dict[str, Any]
+
+
+@contextmanager
+def halves() -> Iterator[None]:
+    """Matrix products in bfloat16, where the processor has them; sums, states and fits stay as they are.
+
+    Scoring is nearly all of the study's time, and takes two thirds of it so. Strengths and effects differ by about a hundredth
+    from those in float32.
+    """
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused one is ten times slower then
+            yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class Results:
@@ -118,11 +136,23 @@ class Measuring:
         place = {**self.where, "factor": factor, "level": level, "who": who, "draw": draw}
         return Results.key(place) in self.results.keys
 
-    def complete(self, draws: int, judged: bool) -> bool:
+    def complete(self, draws: int) -> bool:
         """Whether the base is there with all of its controls."""
-        last = [("base", "recommended", "prompted", 0), ("base", "recommended", "random", draws - 1)]
-        last += [("judge", "rollouts", "random", min(draws, JUDGE_DRAWS) - 1)] if judged else []
-        return all(self.has(*place) for place in last if place[3] >= 0)
+        last = [("base", "recommended", "prompted", 0)] + [("base", "recommended", "random", draws - 1)] * (draws > 0)
+        return all(self.has(*place) for place in last)
+
+    def was_judged(self, draws: int) -> bool:
+        """Whether the continuations of all arms were judged."""
+        last = min(draws, JUDGE_DRAWS) - 1
+        return self.has("judge", "rollouts", *(("random", last) if last >= 0 else ("text_features", 0)))
+
+    def layers(self) -> list[tuple[int, int]]:
+        """The base's layer pairs."""
+        for line in self.results.lines:
+            where = tuple(line[k] for k in ("pair", "concept", "level", "who"))
+            if where == (self.where["pair"], self.where["concept"], "recommended", "expert"):
+                return [(e, t) for e, t in line["layers"]]
+        raise ValueError(f"There is no base of {self.where['concept']} whose layers factors could take.")
 
     def arms(self, arms: Iterable[Arm], effect: Effect) -> None:
         """Calibrates and scores arms.
@@ -145,9 +175,10 @@ class Measuring:
     def _chunk(self, arms: list[Arm], effect: Effect) -> None:
         items = arms[0].items
         effect = effect[:items] if items else effect
-        doses = self._doses(arms, 0.1 if arms[0].who in NULLS else 0.03)
-        ready = [_at(a.plan, dose) for a, dose in zip(arms, doses, strict=True)]
-        unsteered, *scores = effect.score(self.target, [plan for both in ready for plan in both])
+        with halves():
+            doses = self._doses(arms, 0.1 if arms[0].who in NULLS else 0.03)
+            ready = [_at(a.plan, dose) for a, dose in zip(arms, doses, strict=True)]
+            unsteered, *scores = effect.score(self.target, [plan for both in ready for plan in both])
         if not items and not self.has("base", "recommended", "unsteered"):
             nothing = Arm("base", "recommended", "unsteered", 0, None)  # type: ignore[arg-type]
             self.results.add([self._line(nothing, unsteered, torch.zeros_like(unsteered))])
@@ -261,37 +292,39 @@ def run(
         items: score the first so many of the test items; all of them if None.
     """
     results, states = Results(out / "results.jsonl"), States(out / "states")
-    general = es.example("general")
-    texts = general[:anchors] if own else [*general, *generic(data, anchors)]
-    first, known = next(iter(PAIRS)), texts_hash(texts)[:8]
-    # every base first: if time runs out, factors are what is left
-    work = [(pair, name, False) for pair in pairs for name in concepts if pair == first or name in REPORTING]
-    work += [(first, name, True) for name in concepts if name in FACTORED] if vary and first in pairs else []
+    general, first = es.example("general"), next(iter(PAIRS))
+    # every base first, then the factors: if time runs out, the least is left
+    work = [(pair, name, "base") for pair in pairs for name in concepts if pair == first or name in REPORTING]
+    if first in pairs:
+        work += [(first, name, "factors") for name in concepts if name in FACTORED and vary]
+        work += [(first, name, "judge") for name in concepts if name in OPENINGS]
     with tqdm(work, desc="study", unit="cell") as bar:
-        for pair, name, varied in bar:
+        for pair, name, stage in bar:
             started = time.time()
-            bar.set_postfix_str(f"{pair}, {name}{', factors' if varied else ''}")
-            scored = items if pair == first else min(items or OTHERS["items"], OTHERS["items"])
-            nulls = draws if pair == first else min(draws, OTHERS["draws"])
-            judged = name in OPENINGS and pair == first
+            bar.set_postfix_str(f"{pair}, {name}, {stage}")
+            scored, nulls, many = (items, draws, anchors) if pair == first else _fewer(items, draws, anchors)
+            texts = general[:many] if own else [*general, *generic(data, many)]
             cell = Cell(pair, concept(name, data), texts, states)
-            settings = f"version {VERSION}, anchors {known}, {'all' if scored is None else scored} items"
+            settings = (
+                f"version {VERSION}, anchors {texts_hash(texts)[:8]}, {'all' if scored is None else scored} items"
+            )
             measuring, effect = Measuring(cell, results, settings), es.Choices(cell.concept.test[:scored])
-            if varied:
-                done = [line for line in results.lines if (line["pair"], line["concept"]) == (pair, name)]
-                layers = next(
-                    line["layers"] for line in done if line["who"] == "expert" and line["level"] == "recommended"
-                )
-                measuring.arms(factors(cell, [(e, t) for e, t in layers], measuring.neutral, measuring.has), effect)
-            elif not measuring.complete(nulls, judged):
-                arms, _ = base(cell, nulls)
-                measuring.arms(arms, effect)
+            if stage == "factors":
+                measuring.arms(factors(cell, measuring.layers(), measuring.neutral, measuring.has), effect)
+            elif stage == "judge" and not measuring.was_judged(draws):
+                arms, _ = base(cell, min(draws, JUDGE_DRAWS))
+                judge = SentenceJudge().fit(cell.texts, cell.labels, cell.groups)
+                seen = [arm for arm in arms if arm.who != "permuted"]
+                measuring.judged(seen, judge, OPENINGS[name][:items], cell.concept.instruction)
+            elif stage == "base" and not measuring.complete(nulls):
+                measuring.arms(base(cell, nulls)[0], effect)
                 measuring.prompted(effect, cell.concept.instruction)
-                if judged:
-                    judge = SentenceJudge().fit(cell.texts, cell.labels, cell.groups)
-                    seen = [a for a in arms if a.who != "permuted" and (a.who != "random" or a.draw < JUDGE_DRAWS)]
-                    measuring.judged(seen, judge, OPENINGS[name][:items], cell.concept.instruction)
-            if pair == first and not varied and not own:
+            if stage == "base" and pair == first and not own:
                 measuring.arms(widened(cell, measuring.has), effect)
-            bar.write(f"{pair}, {name}{', factors' if varied else ''}: {time.time() - started:.0f} s")
+            bar.write(f"{pair}, {name}, {stage}: {time.time() - started:.0f} s")
     return results
+
+
+def _fewer(items: int | None, draws: int, anchors: int) -> tuple[int, int, int]:
+    """For the pairs after the first."""
+    return min(items or OTHERS["items"], OTHERS["items"]), min(draws, OTHERS["draws"]), min(anchors, OTHERS["anchors"])
