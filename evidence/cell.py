@@ -101,10 +101,11 @@ class Cell:
             position: which token's state stands for a text.
         """
 
-        def joined() -> Activations:
-            return Activations.joined([self.states(who, *self.kinds[k](), position) for k in kind.split("+")])
-
-        found = self._kept((kind, who, position), joined)
+        parts = [partial(self.states, who, *self.kinds[k](), position) for k in kind.split("+")]
+        if len(parts) == 1:  # stays on disk: several of these at once would fill the memory
+            found = self._kept((kind, who, position), parts[0])
+        else:
+            found = self._kept((kind, who, position), lambda: Activations.joined([read() for read in parts]))
         return found if texts is None else found.take(texts)
 
     def _kept(self, key: tuple[Any, ...], read: Callable[[], Any]) -> Any:
