@@ -100,7 +100,6 @@ class Cell:
             texts: numbers of those that are taken; all of them if None.
             position: which token's state stands for a text.
         """
-
         parts = [partial(self.states, who, *self.kinds[k](), position) for k in kind.split("+")]
         if len(parts) == 1:  # stays on disk: several of these at once would fill the memory
             found = self._kept((kind, who, position), parts[0])
