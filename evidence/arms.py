@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import expertsteer_nnsight as es
@@ -23,20 +23,15 @@ FACTOR_ITEMS = 32
 SWEPT = 12  # validation items of the sweep of layers
 ALIGNERS = {
     "autoencoder": es.AutoencoderAligner(),
-    "procrustes": ProcrustesAligner(),
+    "ridge": es.RidgeAligner(),
     "ridge_rank_64": es.RidgeAligner(max_rank=64),
+    "procrustes_100": ProcrustesAligner(100),
 }
 LAYERS = {
     "one_pair": {"n_pairs": 1},
-    "five_pairs": {"n_pairs": 5},
+    "three_pairs": {"n_pairs": 3},
     "lowest_mi": {"score": "gaussian_mi", "select": "lowest", "band": (0.1, 0.9)},
     "highest_cka": {"score": "cka"},
-}
-MORE = "five_pairs"
-JOINT: dict[str, dict[str, Any]] = {
-    "procrustes": {"aligner": ProcrustesAligner()},
-    MORE: {},
-    f"procrustes, {MORE}": {"aligner": ProcrustesAligner()},
 }
 DIRECTIONS = ("rfm", "pca", "logistic")
 recommended = es.ExpertSteer.recommended
@@ -122,17 +117,15 @@ def factors(cell: Cell, layers: Layers, neutral: Any, has: Callable[..., bool]) 
     own = reads([(t, t) for _, t in layers])
     yield from arms("preset", "in_domain", reads(layers), own, seeds=2, kind="in_domain")
     for name, aligner in ALIGNERS.items():
-        yield from arms("aligner", name, at(aligner=aligner), seeds=2 * (name in ("autoencoder", "procrustes")))
+        yield from arms("aligner", name, at(aligner=aligner), seeds=2 * (name in ("autoencoder", "ridge")))
     ways: dict[str, Callable[[], Layers]] = {
-        k: cache(partial(_picked, cell, recommended(**change))) for k, change in LAYERS.items()
+        k: partial(_picked, cell, recommended(**change)) for k, change in LAYERS.items()
     }
     ways["sweep"] = partial(_swept, cell, neutral)
     for name, pick in ways.items():
-        seeds = 2 * (name == MORE)
-        last = ["native", 0], ["untrained", cell.untrained[seeds - 1]]
-        if not all(has("layers", name, *who) for who in last[: 1 + bool(seeds)]):
+        if not has("layers", name, "native", 0):  # the last one of the level
             picked = pick()
-            yield from arms("layers", name, at(layers=picked), itself(picked), seeds)
+            yield from arms("layers", name, at(layers=picked), itself(picked))
     yield from arm(
         "layers", "native's sweep", "native", 0, lambda: cell.fit(itself(_swept(cell, neutral, True))(), cell.target)
     )
@@ -146,10 +139,6 @@ def factors(cell: Cell, layers: Layers, neutral: Any, has: Callable[..., bool]) 
                 yield from arm("anchors", str(n), who, draw, lambda w=of, h=some: cell.fit(at()(), w, **h))
     for kind in ("in_domain", "generic+in_domain"):
         yield from arms("anchors", kind, at(), seeds=2, kind=kind)
-    # what could be recommended instead, all of it together
-    for level, change in JOINT.items():
-        picked = ways[MORE]() if MORE in level else layers
-        yield from arms("anchors and more", level, at(layers=picked, **change), seeds=2, kind="generic+in_domain")
     text = at(layers=words)
     yield from arm("anchors", "in_domain", "text_features", 0, lambda: cell.fit_text(text(), kind="in_domain"))
     yield from arms("anchors", "further ends", at(), kind="ends")

@@ -42,7 +42,7 @@ JUDGE_DRAWS = 4  # random draws that a judge sees
 NEW_TOKENS = 24  # of a continuation
 OTHERS = {"items": 32, "draws": 5, "anchors": 500}  # at most, for the pairs after the first
 START = 0.2  # first strength of a calibration, median residual norms
-VERSION = 4  # of what is measured: lines of another one are refused
+VERSION = 5  # of what is measured: lines of another one are refused
 DOSE = ("strength", "kl_p95", "met", "nll", "nll_unsteered")
 Line = dict[str, Any]
 

@@ -26,20 +26,24 @@ def thin_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U[:, :rank], s[:rank], Vt[:rank]
 
 
-def projected(X: Tensor, Y: Tensor, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`s, Vt, UᵀY` of the thin SVD of centred `X`.
+def quick_svd(X: Tensor, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """`thin_svd`, or where there are many more rows than columns `s, Vt` from the eigenvectors of XᵀX.
 
-    With many more rows than columns it takes the eigenvectors of XᵀX, which is several times as fast and leaves out what lies
-    below 1e-7 of the largest singular value; a penalty hides that. `exact` keeps to the SVD.
+    That is several times as fast, and leaves out what lies below 1e-7 of the largest singular value. `exact` keeps to the SVD.
     """
     n, d = X.shape
     if exact or n < 2 * d or d < 64:
-        U, s, Vt = thin_svd(X)
-        return s, Vt, U.T @ Y
+        return thin_svd(X)
     values, vectors = torch.linalg.eigh(X.T @ X)
-    keep = values > 1e-14 * values[-1]
-    s, Vt = values[keep].sqrt(), vectors[:, keep].T
-    return s, Vt, (Vt @ (X.T @ Y)) / s[:, None]
+    keep = torch.nonzero(values > 1e-14 * values[-1])[:, 0].flip(0)
+    s, V = values[keep].sqrt(), vectors[:, keep]
+    return (X @ V) / s, s, V.T
+
+
+def projected(X: Tensor, Y: Tensor, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`s, Vt, UᵀY` of `quick_svd(X)`; a penalty hides what that leaves out."""
+    U, s, Vt = quick_svd(X, exact)
+    return s, Vt, U.T @ Y
 
 
 def gcv_errors(s: Tensor, projected: Tensor, Y: Tensor, penalties: Tensor) -> Tensor:

@@ -24,10 +24,11 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from ._linear import Kind, best_scale, chain, check_kind, gcv_errors, projected, shrunk_inverse, thin_svd
+from ._linear import Kind, best_scale, chain, check_kind, gcv_errors, projected, quick_svd, shrunk_inverse
 from ._numeric import as_matrix, like, unit
 
 A = TypeVar("A", bound="Aligner")
+Factors = tuple[Tensor, Tensor, Tensor]  # U, s, Vt
 
 
 class Aligner(TransformerMixin, BaseEstimator):
@@ -231,27 +232,37 @@ class ProcrustesAligner(Aligner):
         self.scale = scale
 
     def _fit(self, X: Tensor, Y: Tensor) -> None:
-        (Ux, sx, Vx), (Uy, sy, Vy) = thin_svd(X), thin_svd(Y)
-        r = min(len(sx), len(sy))
+        expert, target, whiten = self._factored(X, Y)
+        self.n_components_ = len(expert[1]) if whiten else min(len(expert[1]), len(target[1]))
+        coef, reverse = self._rotated(expert, target, whiten)
+        self.scale_ = best_scale(X @ coef, Y) if self.scale else 1.0
+        self._set_maps(self.scale_ * coef, (best_scale(Y @ reverse, X) if self.scale else 1.0) * reverse)
+
+    def _factored(self, X: Tensor, Y: Tensor) -> tuple[Factors, Factors, bool]:
+        """`U, s, Vt` of both sides, cut to the dimensions that are rotated, and whether they are whitened."""
         whiten = self.n_components is not None or X.shape[1] != Y.shape[1]
+        expert, target = (quick_svd(side, exact=not whiten) for side in (X, Y))
+        r = min(len(expert[1]), len(target[1]))
         if self.n_components is not None and not 1 <= self.n_components <= r:
-            span = f"the anchors span {len(sx)} dimensions of the expert and {len(sy)} of the target"
+            span = f"the anchors span {len(expert[1])} dimensions of the expert and {len(target[1])} of the target"
             raise ValueError(f"n_components is {self.n_components}: {span}, so it must be from 1 to {r}.")
         if whiten:
             r = self.n_components or min(r, max(1, len(X) // 10))
-            Ux, sx, Vx, Uy, sy, Vy = Ux[:, :r], sx[:r], Vx[:r], Uy[:, :r], sy[:r], Vy[:r]
+            expert, target = ((U[:, :r], s[:r], Vt[:r]) for U, s, Vt in (expert, target))
+        return expert, target, whiten
+
+    @staticmethod
+    def _rotated(expert: Factors, target: Factors, whiten: bool) -> tuple[Tensor, Tensor]:
+        """The forward and the backward map, unscaled. Rows of both `U` are the same texts."""
+        (Ux, sx, Vx), (Uy, sy, Vy) = expert, target
         cross = Ux.T @ Uy
         L, _, Rt = torch.linalg.svd(cross if whiten else sx[:, None] * cross * sy, full_matrices=False)
         rotation = L @ Rt
-        if whiten:
-            coef = (Vx.T / sx) @ rotation @ (sy[:, None] * Vy)
-            reverse = (Vy.T / sy) @ rotation.T @ (sx[:, None] * Vx)
-        else:
+        if not whiten:
             coef = Vx.T @ rotation @ Vy
-            reverse = coef.T
-        self.n_components_ = r
-        self.scale_ = best_scale(X @ coef, Y) if self.scale else 1.0
-        self._set_maps(self.scale_ * coef, (best_scale(Y @ reverse, X) if self.scale else 1.0) * reverse)
+            return coef, coef.T
+        coef = (Vx.T / sx) @ rotation @ (sy[:, None] * Vy)
+        return coef, (Vy.T / sy) @ rotation.T @ (sx[:, None] * Vx)
 
 
 class CovarianceAligner(Aligner):

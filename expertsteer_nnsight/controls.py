@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._linear import Kind, Seed, chain, check_kind, gaussian, shuffle, thin_svd
 from ._numeric import as_matrix, like, unit
-from .alignment import Aligner, CovarianceAligner, RidgeAligner
+from .alignment import Aligner, CovarianceAligner, ProcrustesAligner, RidgeAligner
 
 
 class PermutedAligner(Aligner):
@@ -72,7 +72,7 @@ def permuted_directions(
 
     Draw 0 is that of `PermutedAligner(aligner, random_state)`. Ridge factors once and reorders one number a text for
     each draw; alpha="gcv" keeps the penalty of the true pairs, so that the draws differ in the pairing only. Covariance
-    is as cheap. Other aligners are refitted for every draw.
+    is as cheap, and Procrustes factors once. Other aligners are refitted for every draw.
 
     Args:
         aligner: its parameters are used; it is neither fitted nor changed.
@@ -120,6 +120,10 @@ def _permuted(aligner: Aligner, X: Tensor, Y: Tensor, v: Tensor, kind: Kind, ord
             return _refitted(aligner._copy().set_params(alpha=alpha), X, Y, v, kind, orders)
         pinv = (Vt.T * (s / (s.square() + penalty))) @ U.T
         scores, back = chain(v[None], pinv if forward else other.T)[0], other if forward else pinv.T
+    elif isinstance(aligner, ProcrustesAligner):
+        expert, (U, s, Vt), whiten = aligner._factored(X - X.mean(0), Y - Y.mean(0))
+        maps = (aligner._rotated(expert, (U[order], s, Vt), whiten) for order in orders)
+        return torch.cat([chain(v[None], coef if kind == "displacement" else reverse.T) for coef, reverse in maps])
     else:
         return _refitted(aligner, X, Y, v, kind, orders)
     return torch.stack([scores[order.argsort()] for order in orders]) @ back

@@ -488,6 +488,14 @@ def test_identity_changes_nothing():
     assert_allclose(a.map_direction(X[0], "covector"), normed(X[0]))
 
 
+def test_the_quick_svd_of_tall_matrices_is_the_svd():
+    X = torch.as_tensor(np.random.default_rng(0).standard_normal((200, 70)) * np.logspace(0, -4, 70))
+    (U, s, Vt), (_, exact, _) = _linear.quick_svd(X), _linear.thin_svd(X)
+    assert_allclose(s, exact, rtol=1e-6)
+    assert_allclose((U * s) @ Vt, X, atol=1e-9)
+    assert_allclose(U.T @ U, torch.eye(70), atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [60, 7])
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def small(monkeypatch):
     original = evidence.study.neutral_tokens
     monkeypatch.setattr(evidence.study, "neutral_tokens", lambda m, texts: original(m, [t[:60] for t in texts[:2]], 2))
     monkeypatch.setattr(evidence.arms, "ALIGNERS", {"ridge_rank_2": RidgeAligner(max_rank=2)})
-    monkeypatch.setattr(evidence.arms, "LAYERS", {"one_pair": {"n_pairs": 1}, evidence.arms.MORE: {"n_pairs": 3}})
+    monkeypatch.setattr(evidence.arms, "LAYERS", {"one_pair": {"n_pairs": 1}})
     for preset in ("recommended", "paper"):
         real_preset = getattr(ExpertSteer, preset)
         changed = functools.partial(lambda made, **kw: made(**{"band": (0.0, 1.0), "n_pairs": 2, **kw}), real_preset)
@@ -128,7 +128,7 @@ def test_every_factor_makes_its_arms(small, tmp_path):
     _, layers = evidence.arms.base(cell, 1)
     arms = list(evidence.arms.factors(cell, layers, measuring.neutral, measuring.has))
     factors = {a.factor for a in arms}
-    assert factors == {"preset", "aligner", "layers", "states", "direction", "anchors", "anchors and more", "labels"}
+    assert factors == {"preset", "aligner", "layers", "states", "direction", "anchors", "labels"}
     keys = [(a.factor, a.level, a.who, a.draw) for a in arms]
     assert len(keys) == len(set(keys))
     for factor, level in {(a.factor, a.level) for a in arms}:
@@ -136,8 +136,7 @@ def test_every_factor_makes_its_arms(small, tmp_path):
         drawn = level in ("8 pairs", "32 pairs", "30 % flipped")
         assert whos.count("expert") == (level != "native's sweep") + (drawn or level in ("50", "200"))
         # where labels could be carried over without the expert there are two untrained ones, where native changes there is native
-        alone = factor == "preset" or level in ("200", "in_domain", "generic+in_domain", "own view", "five_pairs")
-        alone |= factor == "anchors and more"
+        alone = factor == "preset" or level in ("200", "in_domain", "generic+in_domain", "own view")
         assert whos.count("untrained") == 2 * (alone or drawn)
         changed = factor in ("preset", "layers", "direction", "states", "labels")
         assert whos.count("native") == changed * (1 + drawn)
