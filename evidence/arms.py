@@ -58,7 +58,7 @@ def base(cell: Cell, draws: int = 10) -> tuple[list[Arm], Layers]:
 def widened(cell: Cell, has: Callable[..., bool]) -> Iterator[Arm]:
     """The recommended setting with the concept's unlabelled texts among the anchors, and its controls; native is the base's."""
     kind, level = "generic+in_domain", ("base", WIDENED)
-    if has(*level, "text_features", 0):  # the last one
+    if not cell.concept.in_domain or has(*level, "text_features", 0):  # the last one
         return
     steer = recommended()
     yield Arm(*level, "expert", 0, cell.fit(steer, cell.expert, kind=kind))

@@ -57,9 +57,7 @@ def base_table(table: Table, pair: str, concepts: Sequence[str], level: str = BA
                   "wrong way", "NLL, native / expert"], body)  # fmt: skip
 
 
-def medians(
-    table: Table, pair: str, concepts: Sequence[str], factor: str, level: str, units: Rows | None = None
-) -> dict[str, list[float] | None]:
+def medians(table: Table, pair: str, concepts: Sequence[str], factor: str, level: str) -> dict[str, list[float] | None]:
     """Medians over concepts, as shares of the base's native effect.
 
     Args:
@@ -68,7 +66,6 @@ def medians(
         concepts: names.
         factor: of the level.
         level: what is looked at.
-        units: native effects; the table's own if None.
 
     Returns:
         expert, change (expert - the base's expert), untrained, own (native with the same labels and layers), ahead
@@ -77,34 +74,33 @@ def medians(
     expert, untrained, own, text = (
         table.arm(pair, concepts, factor, level, who) for who in ("expert", "untrained", "native", "text_features")
     )
-    native, base = (table.arm(pair, concepts, *BASE, who) for who in ("native", "expert"))
-    unit = native if units is None else units
+    unit, base = (table.arm(pair, concepts, *BASE, who) for who in ("native", "expert"))
     return {
         "expert": over(expert, unit),
         "change": over(expert, unit, base),
         "untrained": over(untrained, unit),
         "own": over(own, unit),
-        "ahead": over(expert, unit, own if own else native),
+        "ahead": over(expert, unit, own if own else unit),
         "beyond": over(expert, unit, untrained),
         "beyond_text": over(expert, unit, text),
     }
 
 
-def _varied(table: Table, pair: str, concepts: Sequence[str]) -> tuple[Table, list[str], Rows]:
-    """What factors are compared on: the items and concepts that they were measured on, and the base's native effect."""
+def _varied(table: Table, pair: str, concepts: Sequence[str]) -> tuple[Table, list[str]]:
+    """What factors are compared on: the items and concepts that they were measured on."""
     lines = [x for x in table.lines if x["pair"] == pair and x["factor"] not in ("base", "judge")]
     varied = {line["concept"] for line in lines}
     names = [name for name in concepts if name in varied]
     items = min((line["n"] for line in lines), default=0)
-    return table.first(names, items), names, table.arm(pair, names, *BASE, "native")
+    return table.first(names, items), names
 
 
 def factor_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
     """A row for each level of each factor: medians over the concepts that factors were varied on."""
-    few, names, units = _varied(table, pair, table.steerable(pair, concepts))
+    few, names = _varied(table, pair, table.steerable(pair, concepts))
     body = []
     for factor, level in few.levels(pair):
-        found = medians(few, pair, names, factor, level, units)
+        found = medians(few, pair, names, factor, level)
         if found["expert"] is not None or found["own"] is not None:
             count = len(few.arm(pair, names, factor, level, "expert") or few.arm(pair, names, factor, level, "native"))
             shown = [told(found[name]) for name in ("expert", "change", "untrained", "own", "ahead")]
@@ -127,8 +123,8 @@ def _rival(few: Table, pair: str, names: Sequence[str], factor: str, level: str)
 def ahead(table: Table, pair: str) -> list[tuple[str, str, list[float], list[float] | None, list[float] | None, float]]:
     """Levels at which the expert exceeds native (see `_rival`) on the tuning concepts.
 
-    Layers that are chosen for the expert are left out. A level is a candidate if the expert exceeds native on every tuning
-    concept, and on their mean with p < 0.05.
+    Layers that are chosen for the expert are left out, and levels that not every concept has. A level is a candidate if the
+    expert exceeds native on every tuning concept, and on their mean with p < 0.05.
 
     Returns:
         (factor, level, mean of expert - native on the tuning concepts in nats, the same on the reporting concepts, expert -
@@ -139,13 +135,15 @@ def ahead(table: Table, pair: str) -> list[tuple[str, str, list[float], list[flo
     for factor, level in sides[0][0].levels(pair):
         if factor == "layers" or level == "paper":
             continue
-        experts = [few.arm(pair, names, factor, level, "expert") for few, names, _ in sides]
+        experts = [few.arm(pair, names, factor, level, "expert") for few, names in sides]
+        if any(set(found) != set(names) for found, (_, names) in zip(experts, sides, strict=True)):
+            continue
         tests = [
             mean_over(x, _rival(few, pair, names, factor, level))
-            for x, (few, names, _) in zip(experts, sides, strict=True)
+            for x, (few, names) in zip(experts, sides, strict=True)
         ]
         if tests[0] is not None and tests[0][2] and tests[0][1] < 0.05:
-            few, names, _ = sides[1]
+            few, names = sides[1]
             beyond = mean_over(experts[1], few.arm(pair, names, factor, level, "untrained"))
             found.append((factor, level, tests[0][0], tests[1], beyond))
     return [
@@ -174,6 +172,7 @@ def judge_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
     body = []
     level = ("judge", "rollouts")
     experts, natives = (table.arm(pair, concepts, *level, who) for who in ("expert", "native"))
+    experts = {name: items for name, items in experts.items() if name in natives}
     for name, expert in experts.items():
         key = (pair, name, *level)
         first = {who: table.draws[(*key, who)][0] for who in ("native", "expert")}
@@ -187,7 +186,8 @@ def judge_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
         accuracy = f"{first['expert']['judge_accuracy']:.2f}"
         body.append([name, str(expert.shape[1]), accuracy, *shown, f"{table.null(*key, 'random'):.2f}", *costs])
     mean = mean_over(experts, natives)
-    assert mean is not None
+    if mean is None:
+        return "Not measured yet."
     body.append(["**mean**", "", "", "", "", f"{told(mean[0])}, p = {mean[1]:.4f}", *[""] * 6])
     return _rows(["concept", "n", "judge's accuracy", "native", "expert", "expert - native", "untrained", "text features",
                   "prompted", "random", "NLL, native / expert", "repetition, native / expert"], body)  # fmt: skip

@@ -26,7 +26,7 @@ class Table:
 
     def __init__(self, lines: Iterable[Line]) -> None:
         lines = list(lines)
-        # a line without a dose (prompted, a judge's) has nothing to meet
+        # a line without a dose (prompted) has nothing to meet
         self.lines = [line for line in lines if line.get("met", True)]
         self.unmet = len(lines) - len(self.lines)
         self.draws: dict[tuple[str, ...], list[Line]] = defaultdict(list)
@@ -71,28 +71,36 @@ class Table:
 
 
 def resampled(a: np.ndarray, minus: np.ndarray | None = None, unit: np.ndarray | None = None, seed: int = 0) -> Found:
-    """(a - minus) / unit of the means over draws and items, and the same with items and draws drawn again.
+    """(a - minus) / unit of the means over draws and items, and the same with the items drawn again.
 
     Args:
         a: effects `[draw, item]`.
         minus: effects of the same items that are taken off.
-        unit: effects that they are a share of; of other items if there are more or fewer.
+        unit: effects of the same items that they are a share of.
         seed: of the resampling.
     """
-    rng = np.random.default_rng(seed)
-
-    def means(x: np.ndarray, pick: np.ndarray) -> np.ndarray:
-        draws = rng.integers(len(x), size=(RESAMPLES, len(x)))
-        return x[draws[:, :, None], pick[:, None, :]].mean((1, 2))
-
-    pick = rng.integers(a.shape[1], size=(RESAMPLES, a.shape[1]))
-    value, found = a.mean(), means(a, pick)
-    if minus is not None:
-        value, found = value - minus.mean(), found - means(minus, pick)
+    pick = np.random.default_rng(seed).integers(a.shape[1], size=(RESAMPLES, a.shape[1]))
+    gap = a.mean(0) if minus is None else a.mean(0) - minus.mean(0)
+    value, found = gap.mean(), gap[pick].mean(1)
     if unit is not None:
-        other = pick if unit.shape[1] == a.shape[1] else rng.integers(unit.shape[1], size=(RESAMPLES, unit.shape[1]))
-        value, found = value / unit.mean(), found / means(unit, other)
+        over = unit.mean(0)
+        value, found = value / over.mean(), found / over[pick].mean(1)
     return float(value), found
+
+
+def between(a: np.ndarray, minus: np.ndarray | None = None) -> tuple[float, int]:
+    """Squared standard error of the mean of a - minus from the draws, and its degrees of freedom; 0 where there is one draw.
+
+    As many draws on both sides are the same draws (of pairs, flips or anchors), so they are compared one by one.
+    """
+    sides = [a] if minus is None else [a - minus] if len(a) == len(minus) else [a, minus]
+    many = [side.mean(1) for side in sides if len(side) > 1]
+    return sum(float(x.var(ddof=1)) / len(x) for x in many), sum(len(x) - 1 for x in many)
+
+
+def _noise(error: float, freedom: int) -> np.ndarray:
+    """What draws add to resamples: Student's, because two or three draws hardly tell how far the next one is."""
+    return np.sqrt(error) * np.random.default_rng(1).standard_t(max(freedom, 1), RESAMPLES)
 
 
 def interval(found: Found) -> list[float]:
@@ -101,14 +109,15 @@ def interval(found: Found) -> list[float]:
 
 
 def one(a: np.ndarray, minus: np.ndarray | None = None, unit: np.ndarray | None = None) -> list[float]:
-    """`resampled` with its 95 % interval."""
-    return interval(resampled(a, minus, unit))
+    """`resampled` with its 95 % interval, over items and draws."""
+    value, found = resampled(a, minus, unit)
+    return interval((value, found + _noise(*between(a, minus)) / (1 if unit is None else unit.mean())))
 
 
 def over(rows: Rows, unit: Rows, minus: Rows | None = None, seed: int = 0) -> list[float] | None:
     """Median over the concepts that all three have of (row - minus) / unit, with a 95 % interval; None if there are none.
 
-    Concepts are drawn again, and draws and items within each.
+    Concepts are drawn again, and items within each. What draws differ by is part of what concepts differ by.
     """
     names = [n for n in rows if n in unit and (minus is None or n in minus)]
     if not names:
@@ -124,13 +133,16 @@ def over(rows: Rows, unit: Rows, minus: Rows | None = None, seed: int = 0) -> li
 def mean_over(rows: Rows, minus: Rows) -> tuple[list[float], float, bool] | None:
     """Mean over concepts of row - minus with its interval, its one-sided p-value, and whether every concept is above 0.
 
-    Draws and items are drawn again and concepts are not, so this is about these concepts.
+    Items are drawn again, what draws add is pooled over concepts, and concepts are not drawn again, so this is about these
+    concepts.
     """
     names = [n for n in rows if n in minus]
     if not names:
         return None
     each = [resampled(rows[n], minus[n], None, i) for i, n in enumerate(names)]
-    samples = np.mean([found for _, found in each], 0)
+    errors = [between(rows[n], minus[n]) for n in names]
+    noise = _noise(sum(error for error, _ in errors) / len(names) ** 2, sum(freedom for _, freedom in errors))
+    samples = np.mean([found for _, found in each], 0) + noise
     values = [value for value, _ in each]
     return (
         interval((float(np.mean(values)), samples)),

@@ -236,10 +236,11 @@ class Measuring:
         """What a judge makes of continuations, of an instruction and steered at the strengths that were found for `arms`."""
         known = {Results.key(line): line for line in self.results.lines if "strength" in line}
 
-        def seen(arm: Arm, both: list[list[str]], plans: list[Any]) -> None:
+        def seen(arm: Arm, both: list[list[str]], plans: list[Any], *met: bool) -> None:
             if not self.has("judge", "rollouts", arm.who, arm.draw):
                 found = [self._continued(*each, judge) for each in zip(both, plans, strict=True)]
                 line = self._line(replace(arm, factor="judge", level="rollouts"), *(score for score, _ in found))
+                line["met"] = all(met)
                 costs = {name: [cost[name] for _, cost in found] for name in ("rollout_nll", "repetition")}
                 self.results.add([{**line, **costs, "judge_accuracy": judge.accuracy_}])
 
@@ -247,7 +248,8 @@ class Measuring:
         seen(nothing, [[f"{text}\n\n{o}" for o in openings] for text in instruction], [None, None])
         for arm in arms:
             place = {**self.where, "factor": arm.factor, "level": arm.level, "who": arm.who, "draw": arm.draw}
-            seen(arm, [openings] * 2, _at(arm.plan, known[Results.key(place)]))
+            dose = known[Results.key(place)]
+            seen(arm, [openings] * 2, _at(arm.plan, dose), dose["met"])
 
     def _continued(self, openings: list[str], plan: Any, judge: Any) -> tuple[Tensor, dict[str, float]]:
         """The judge's score of every continuation, and how unlikely (to the unsteered model) and repetitive they are."""

@@ -213,12 +213,13 @@ class RidgeAligner(Aligner):
 class ProcrustesAligner(Aligner):
     """A rotation of the anchors' expert states onto their target states.
 
-    Equal widths and no `n_components`: orthogonal Procrustes, as `scipy.linalg.orthogonal_procrustes` on centred
-    states. With n <= d anchors it rotates only what they span and sends the rest to zero (SciPy completes arbitrarily).
-    Otherwise: PCA-whiten both sides to r dimensions, rotate, un-whiten into the target.
+    Plain: orthogonal Procrustes, as `scipy.linalg.orthogonal_procrustes` on centred states. With n <= d anchors it rotates
+    only what they span and sends the rest to zero (SciPy completes arbitrarily). Whitened: PCA-whiten both sides to r
+    dimensions, rotate, un-whiten into the target, so that a few large coordinates do not decide the rotation.
 
     Args:
-        n_components: r. None with unequal widths: a tenth of the anchors, at most the rank of either side.
+        n_components: r, of a whitened one. None: a tenth of the anchors, at most the rank of either side.
+        whiten: None whitens where widths differ or `n_components` is given, as it must be there.
         scale: multiply by the least-squares factor, because residual norms differ up to a thousandfold between models.
             It changes `transform` and `score`, not directions.
 
@@ -227,9 +228,10 @@ class ProcrustesAligner(Aligner):
         n_components_: dimensions that were rotated.
     """
 
-    def __init__(self, n_components: int | None = None, scale: bool = True) -> None:
+    def __init__(self, n_components: int | None = None, scale: bool = True, whiten: bool | None = None) -> None:
         self.n_components = n_components
         self.scale = scale
+        self.whiten = whiten
 
     def _fit(self, X: Tensor, Y: Tensor) -> None:
         expert, target, whiten = self._factored(X, Y)
@@ -240,7 +242,10 @@ class ProcrustesAligner(Aligner):
 
     def _factored(self, X: Tensor, Y: Tensor) -> tuple[Factors, Factors, bool]:
         """`U, s, Vt` of both sides, cut to the dimensions that are rotated, and whether they are whitened."""
-        whiten = self.n_components is not None or X.shape[1] != Y.shape[1]
+        needed = self.n_components is not None or X.shape[1] != Y.shape[1]
+        if needed and self.whiten is False:
+            raise ValueError("whiten is False, but unequal widths and n_components need it: leave it out.")
+        whiten = needed or bool(self.whiten)
         expert, target = (quick_svd(side, exact=not whiten) for side in (X, Y))
         r = min(len(expert[1]), len(target[1]))
         if self.n_components is not None and not 1 <= self.n_components <= r:

@@ -119,7 +119,16 @@ def calibrate_many(
         rows: plans a forward (`in_rows`).
         remote: True, "http://...", or a `Remote`: run on NDIF.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: no budget above zero, strengths a row, or plans that steer none of the tokens.
     """
+    if not kl_budget > 0:
+        raise ValueError(f"kl_budget is {kl_budget}: it must be above 0, in nats.")
+    if any(v.rows is not None for plan in plans for v in plan.vectors):
+        raise ValueError(
+            "A plan with a strength or vector for each row has no one strength: calibrate a plan for each row."
+        )
     texts = encoded(model, texts)
     curves: list[list[tuple[float, float]]] = [[] for _ in plans]
     nlls: dict[tuple[int, float], float] = {}
@@ -244,7 +253,7 @@ def calibrate(
         budget, the KL that was reached, whether that meets the budget, and the curve of every (strength, KL) tried.
 
     Raises:
-        ValueError: a strength of zero, no prompts, or a plan that steers none of the tokens.
+        ValueError: a strength of zero or for each row, no budget above zero, no prompts, or a plan that steers none of the tokens.
 
     Warns:
         UserWarning: the budget cannot be met; the plan then has the strength that comes nearest.

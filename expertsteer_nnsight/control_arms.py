@@ -121,8 +121,9 @@ def _permuted(
         rows = []
         for n in range(draws):
             shuffled = PermutedAligner(aligner, steer.random_state + n).fit(anchors, y)
-            mapped, own = shuffled.transform(x[pair.expert]), aligner.transform(x[pair.expert])
-            if n == 0 and (mapped - own).norm() < 1e-3 * own.norm():
+            mapped, own = (a.transform(x[pair.expert]) for a in (shuffled, aligner))
+            gap, spread = ((m - m.mean(0)).norm() for m in (mapped - own, own))
+            if n == 0 and gap < 1e-3 * spread:
                 rows = [v] * draws  # an auto-encoder does not use the pairing: every search would end alike
                 break
             with warnings.catch_warnings():

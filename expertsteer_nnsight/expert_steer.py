@@ -51,7 +51,7 @@ class ExpertSteer(BaseEstimator):
         select: "highest" or "lowest" scores; the paper is said to take the lowest. "sweep": of every target layer's
             best-scored pair, those that steer best on validation items (`fit(validation=...)`).
         band: depths, as fractions, that layers of both models must lie in.
-        n_pairs: how many layer pairs, at most one a target layer.
+        n_pairs: how many layer pairs, at most one a target layer; fewer where the band holds fewer target layers.
         layers: (expert layer, target layer) pairs instead of the search.
         direction: a method of `find_direction`, or an estimator such as a `RecursiveFeatureMachine`.
         kind: "gradient" or "pattern" for methods that find a covector; None for their own.
@@ -120,7 +120,7 @@ class ExpertSteer(BaseEstimator):
 
         Chosen on the tuning concepts of `docs/evidence.md`.
         """
-        return cls(**{"aligner": ProcrustesAligner(), "score": "mutual_knn", "n_pairs": 5, **changes})
+        return cls(**{"aligner": ProcrustesAligner(whiten=True), "score": "mutual_knn", "n_pairs": 5, **changes})
 
     @classmethod
     def in_domain(cls, **changes: Any) -> ExpertSteer:
@@ -315,6 +315,8 @@ class ExpertSteer(BaseEstimator):
         if self.space not in ("expert", "target"):
             raise ValueError(f'space must be "expert" or "target", got {self.space!r}.')
         self.scores_ = None
+        if self.n_pairs < 1:
+            raise ValueError(f"n_pairs is {self.n_pairs}: at least one layer pair is needed.")
         if self.layers is not None:
             self.pairs_ = [LayerPair(int(e), int(t), math.nan) for e, t in self.layers]
             missing = [p for p in self.pairs_ if p.expert not in expert_anchors or p.target not in target_anchors]
@@ -334,8 +336,7 @@ class ExpertSteer(BaseEstimator):
                 self.sweep_ = validate(every, candidates)
                 self.pairs_ = [pair for pair, _ in self.sweep_[: self.n_pairs]]
             else:
-                choose: Any = self.scores_.pairs
-                self.pairs_ = choose(k=self.n_pairs, select=self.select, per="target", band=self.band)
+                self.pairs_ = self.scores_._ranked(self.select, "target", self.band)[: self.n_pairs]
         self.aligners_, self.directions_, vectors, steps = [], [], [], []
         for pair in self.pairs_:
             anchors, y = expert_anchors[pair.expert], target_anchors[pair.target]
@@ -380,10 +381,10 @@ def _plain(value: Any) -> Any:
 
 def _held_out_r2(aligner: Any, x: Tensor, y: Tensor, text_of: Any, random_state: int) -> float | None:
     """R² on the rows of a tenth of the anchors of a map fitted on the others; None for too few to tell."""
-    if len(x) < 20:
-        return None
     text = torch.arange(len(x)) if text_of is None else torch.tensor(text_of)
     n = int(text.max()) + 1
+    if n < 20:
+        return None
     order = torch.randperm(n, generator=torch.Generator().manual_seed(random_state))
     test = torch.isin(text, order[: n // 10])
     probe: Any = clone(aligner)

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .calibration import ROLLOUT, Calibration, either_sign, neutral_tokens, with_total
+from .calibration import ROLLOUT, Calibration, either_sign, neutral_tokens, total_strength, with_total
 from .effects import Effect
 from .receipts import NULLS, Receipt, interval
 from .rollouts import completions, rollouts, variety
@@ -52,8 +52,10 @@ def measure(
         progress: show progress bars.
 
     Raises:
-        ValueError: no arms, or arms that cannot share a forward.
+        ValueError: no arms, arms that cannot share a forward, or fewer than two items.
     """
+    if len(effect) < 2:
+        raise ValueError(f"An effect on {len(effect)} item has no interval: give at least two, better thirty or more.")
     draws = {name: [p] if isinstance(p, SteeringPlan) else list(p) for name, p in arms.items()}
     if not draws or not all(draws.values()):
         raise ValueError("There is no arm to measure, or one without plans.")
@@ -68,7 +70,7 @@ def measure(
     names = [name for name, plans in draws.items() for _ in plans for _ in range(2)]
     scores = _scores(model, ready, [name in NULLS for name in names], effect, null_items, how)
     result = _arms(draws, scores, found, layer_pairs or {})
-    unsteered = {"score": float(scores[-1].mean()), "nll": found.unsteered_nll}
+    unsteered = {"score": float(scores[-1].mean()), "nll": found.unsteered_nll, "agrees": _above(scores[-1])}
     about = {"prompts": len(texts), "tokens": sum(len(t.ids) - t.prefix for t in texts), "rollout": rollout}
     return Receipt(result, unsteered, float(kl_budget), effect.unit, neutral=about)
 
@@ -117,6 +119,7 @@ def _arms(
             "items": [] if null else items.tolist(),
             "score_plus": float(score[:, 0].mean()),
             "score_minus": float(score[:, 1].mean()),
+            "agrees": [_above(score[:, sign]) for sign in (0, 1)],
             "wrong_way": float((per_item < 0).double().mean(1).median()),
             "strength_plus": float(strength[mine][:, 0].median()),
             "strength_minus": float(strength[mine][:, 1].median()),
@@ -125,6 +128,11 @@ def _arms(
             "budget_met": bool(met[mine].all()),
         }
     return result
+
+
+def _above(score: Tensor) -> float:
+    """Share above zero; of several draws `[draw, item]` the median."""
+    return float((score > 0).double().mean(-1).median())
 
 
 def receipt(
@@ -172,7 +180,7 @@ def receipt(
         The receipt; its `plan` is the plan with the receipt in it, so that printing and saving it tell what was measured.
 
     Raises:
-        ValueError: a control is called expert or prompted, or arms cannot share a forward.
+        ValueError: a control is called expert or prompted, arms cannot share a forward, or there are fewer than two items.
     """
     from .control_arms import random_plans
 
@@ -203,8 +211,10 @@ def receipt(
     notes = []
     if labelled := plan.info.get("data", {}).get("anchors_labelled"):
         notes.append(f"{labelled} of the anchors are labelled texts, which carry the labels over for any expert")
+    shares = _shares(made)
+    notes += _noted(plan, made, shares, effect)
     found = Receipt(
-        made, base.unsteered, base.kl_budget, base.unit, _shares(made), _doses(model, at_dose, made, effect, doses, how),
+        made, base.unsteered, base.kl_budget, base.unit, shares, _doses(model, at_dose, made, effect, doses, how),
         _rollouts(model, at_dose, neutral, rollout_tokens, remote), notes, base.neutral,
     )  # fmt: skip
     return replace(found, tested=SteeringPlan(plan.vectors, plan.target, {**plan.info, "receipt": found.to_dict()}))
@@ -219,11 +229,35 @@ def _shares(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
     if "native" not in arms:
         return {}
     native, expert = (np.array(arms[name]["items"]) for name in ("native", "expert"))
-    found = {"expert": list(interval(np.stack([expert, native]), lambda a, b, axis=-1: a.mean(axis) / b.mean(axis)))}
+    reached = max([0.0, *(arms[name]["effect"] for name in ("random",) if name in arms)])
+    if arms["native"]["interval"][0] <= 0 or arms["native"]["effect"] <= reached:
+        return {}
+
+    def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
+        return a.mean(axis) / b.mean(axis)
+
+    found = {"expert": list(interval(np.stack([expert, native]), ratio))}
     if "untrained" in arms:
-        rows = np.stack([expert - np.array(arms["untrained"]["items"]), native])
-        found["beyond_untrained"] = list(interval(rows, lambda a, b, axis=-1: a.mean(axis) / b.mean(axis)))
+        rows, seeds = np.stack([expert - np.array(arms["untrained"]["items"]), native]), arms["untrained"]["effects"]
+        error = float(np.std(seeds, ddof=1) / len(seeds) ** 0.5 / native.mean()) if len(seeds) > 1 else 0.0
+        found["beyond_untrained"] = list(interval(rows, ratio, error, len(seeds) - 1))
     return found
+
+
+def _noted(plan: SteeringPlan, arms: Mapping[str, Any], shares: Mapping[str, Any], effect: Any) -> list[str]:
+    """What a reader has to know of the measurement."""
+    notes = []
+    if "native" in arms and not shares:
+        notes.append("native does no more than random directions, so shares of it say nothing")
+    measured, own = arms["expert"]["strength_plus"], total_strength(plan)
+    if abs(own / measured - 1) > 0.05:
+        notes.append(f"measured at a total strength of {measured:.2g} residual norms, the plan has {own:.2g}")
+    if missed := [name for name, arm in arms.items() if arm["budget_met"] is False]:
+        notes.append(f"no strength brings these to the KL budget: {', '.join(missed)}")
+    accuracy = getattr(getattr(effect, "judge", None), "accuracy_", None)
+    if accuracy is not None:
+        notes.append(f"the judge's own held-out accuracy is {float(accuracy):.2f}")
+    return notes
 
 
 def _doses(
@@ -283,6 +317,7 @@ def _prompted(model: Any, effect: Any, instruction: tuple[str, str], how: dict[s
     return {
         "layers": [], "draws": 1, "n": len(items), "effect": value, "interval": [low, high], "effects": [value],
         "items": items.tolist(), "score_plus": float(plus.mean()), "score_minus": float(minus.mean()),
+        "agrees": [_above(plus), _above(minus)],
         "wrong_way": float((items < 0).mean()), "strength_plus": None, "strength_minus": None, "kl_p95": None, "nll": None,
         "budget_met": None, "instruction": list(instruction),
     }  # fmt: skip

@@ -38,11 +38,13 @@ class Receipt:
             percentile of |effect| over `draws`, without one), `effects` of all draws, `items` (each item's effect; of several
             draws their mean), `score_plus` and `score_minus`, `wrong_way` (share of items that move the wrong way),
             `strength_plus`, `strength_minus` (total over layers, in residual norms), `kl_p95` (nats, the larger of both signs),
-            `nll` (nats a token, mean of both signs), `budget_met`, `layers`. Of several draws: medians.
-        unsteered: `score` and `nll` without steering.
+            `nll` (nats a token, mean of both signs), `budget_met`, `layers`, `agrees` (shares of the items whose score is above 0,
+            which is the positive side, steered towards and away). Of several draws: medians.
+        unsteered: `score`, `nll` and `agrees` without steering.
         kl_budget: nats, at which the arms were compared; less than asked where some arm could not reach that.
         unit: of effects.
-        shares: ratios to native, as (value, low, high): `expert`, and `beyond_untrained`, that is (expert - untrained) / native.
+        shares: ratios to native, as (value, low, high): `expert`, and `beyond_untrained`, that is (expert - untrained) / native,
+            whose interval counts what the seeds differ by. Empty, with a note, where native does no more than random directions.
         doses: effect at several doses, by arm: lists of (dose, effect, low, high).
         rollouts: by arm and sign: `kl_p95` along the steered continuations, `repetition`, `distinct`, and the texts.
         notes: what a reader has to know, such as labelled texts among the anchors.
@@ -78,11 +80,11 @@ class Receipt:
     def contributed(self) -> bool | None:
         """Whether the expert contributed to the arm `expert`; None where no untrained control was measured.
 
-        It did if the effect is above zero; above what another untrained expert would reach, as far as the seeds tell: their
-        mean plus 1.64 standard deviations of a further one, and the best of them by more than the half-width of the expert's
-        interval; above that of text features (paired); and above what one random or permuted draw in a hundred would reach
-        (normal around zero, as wide as the draws). Where a plan is no better than its controls, it passes all of these by chance
-        about once in a hundred times.
+        It did if the effect is above zero; above what one further untrained expert in forty would reach, as far as the seeds
+        tell (`bar`), and the best of them by more than the half-width of the expert's interval; above that of text features
+        (paired); and above what one random or permuted draw in a hundred would reach (normal around zero, as wide as the
+        draws). A plan that is itself an untrained expert's passes at most once in twenty times if effects of seeds are normal,
+        wherever their mean is; with random and permuted arms that do as much, about once in a hundred times.
         """
         if "expert" not in self.arms or "untrained" not in self.arms:
             return None
@@ -90,7 +92,12 @@ class Receipt:
 
     @property
     def bar(self) -> float:
-        """The effect that `contributed` asks for."""
+        """The effect that `contributed` asks for.
+
+        Two seeds or three tell little of how far a further one would come, so the lower of two bounds is taken, each of which one
+        in forty exceeds: Student's around the seeds' mean, and around zero with their root mean square, for seeds that
+        scatter around zero as random directions do. More seeds lower it.
+        """
         from scipy.stats import t
 
         expert, seeds = self.arms["expert"], self.arms["untrained"]["effects"]
@@ -105,8 +112,10 @@ class Receipt:
                 _, low, _ = interval(np.array(expert["items"]) - np.array(self.arms[name]["items"]))
                 levels.append(expert["effect"] - low)
         if len(seeds) > 1:
-            another = statistics.stdev(seeds) * math.sqrt(1 + 1 / len(seeds))
-            levels.append(statistics.fmean(seeds) + statistics.NormalDist().inv_cdf(CONFIDENCE) * another)
+            n, sure = len(seeds), (1 + CONFIDENCE) / 2
+            around_mean = statistics.fmean(seeds) + t.ppf(sure, n - 1) * statistics.stdev(seeds) * math.sqrt(1 + 1 / n)
+            around_zero = t.ppf(sure, n) * math.sqrt(statistics.fmean(x * x for x in seeds))
+            levels.append(float(min(around_mean, around_zero)))
             levels.append(max(seeds) + expert["effect"] - expert["interval"][0])
         return max(levels)
 
@@ -181,6 +190,10 @@ class Receipt:
             kl = f", KL p95 {r['kl_p95']:.2f}" if r.get("kl_p95") is not None else ""
             lines.append(f"rollouts {name}: repetition {r['repetition']:.2f}, distinct {r['distinct']:.2f}{kl}")
         lines.append(f"Effects in {self.unit}, at KL p95 = {self.kl_budget:.2f} nats.")
+        if "expert" in self.arms and "agrees" in self.unsteered:
+            up, down = (f"{share:.0%}" for share in self.arms["expert"]["agrees"])
+            before = f"{self.unsteered['agrees']:.0%}"
+            lines.append(f"Items on the positive side: {before} unsteered, {up} steered towards, {down} away.")
         return "\n".join([*lines, self.verdict[0].upper() + self.verdict[1:]])
 
     def plot(self, ax: Any = None) -> Any:
@@ -210,8 +223,17 @@ def _share(found: Sequence[float]) -> str:
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def interval(items: np.ndarray, statistic: Any = None) -> tuple[float, float, float]:
-    """A statistic of the columns of `items` `[item]` or `[arm, item]` (their mean), with its percentile bootstrap interval."""
+def interval(
+    items: np.ndarray, statistic: Any = None, spread: float = 0.0, freedom: int = 0
+) -> tuple[float, float, float]:
+    """A statistic of the columns of `items` `[item]` or `[arm, item]` (their mean), with its percentile bootstrap interval.
+
+    Args:
+        items: what is drawn again.
+        statistic: of the rows; their mean if None.
+        spread: standard error of the statistic from something else than the items, such as the seeds of one arm.
+        freedom: degrees of freedom of that standard error.
+    """
     from scipy.stats import bootstrap
 
     rows = np.atleast_2d(items)
@@ -223,4 +245,8 @@ def interval(items: np.ndarray, statistic: Any = None) -> tuple[float, float, fl
         tuple(rows), made, paired=True, vectorized=True, n_resamples=_RESAMPLES, confidence_level=CONFIDENCE,
         method="percentile", rng=np.random.default_rng(0),
     )  # fmt: skip
-    return value, float(found.confidence_interval.low), float(found.confidence_interval.high)
+    samples = found.bootstrap_distribution
+    if spread:
+        samples = samples + spread * np.random.default_rng(1).standard_t(freedom, len(samples))
+    low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return value, float(low), float(high)

@@ -313,9 +313,15 @@ def word_scores(
     Raises:
         ValueError: a positive and a negative word begin with the same token.
     """
+    tokenizer = tokenizer_of(model)
 
     def first(words: Sequence[str]) -> list[int]:
-        return sorted({tokenizer_of(model)(" " + w, add_special_tokens=False)["input_ids"][0] for w in words})
+        found = set()
+        for word in words:
+            ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+            # a tokenizer that itself puts a space before a text has a token for the other one
+            found.add(next((i for i in ids if tokenizer.decode([i]).strip()), ids[0]))
+        return sorted(found)
 
     up, down = first(positive), first(negative)
     if set(up) & set(down):

@@ -203,7 +203,8 @@ class SteeringPlan:
         unit_strengths = self.info.get("calibration", {}).get("strengths")
         if not unit_strengths or self.vectors[0].rows is not None:
             return None
-        return float(self.vectors[0].strength) / unit_strengths[0]
+        first = next(i for i, s in enumerate(unit_strengths) if s)  # a plan without any strength cannot be calibrated
+        return float(self.vectors[first].strength) / unit_strengths[first]
 
     def with_(self, **changes: Any) -> SteeringPlan:
         """The same plan with fields of every vector changed: `plan.with_(strength=0.3, where="completion")`.

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> es.Receipt:
         "--draws", type=int, default=20, help="draws of the permuted and random arms (default: %(default)s)"
     )
     parser.add_argument("--anchors", type=int, default=1500, help="texts that both models read (default: %(default)s)")
-    parser.add_argument("--untrained", type=int, default=3, help="untrained experts (default: %(default)s)")
+    parser.add_argument("--untrained", type=int, default=5, help="untrained experts (default: %(default)s)")
     parser.add_argument("--kl", type=float, default=1.0, help="KL budget in nats (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -353,6 +353,21 @@ def test_whitened_procrustes_maps_between_widths():
     assert b.score(*noisy) > 0.9
 
 
+def test_a_whitened_rotation_is_not_decided_by_one_large_coordinate():
+    rng = np.random.default_rng(0)
+    Z = rng.standard_normal((400, 8))
+    X, Y = (np.c_[Z @ np.linalg.qr(rng.standard_normal((8, 8)))[0], 300 * rng.standard_normal(400)] for _ in range(2))
+    X, Y = X + 0.05 * rng.standard_normal(X.shape), Y + 0.05 * rng.standard_normal(Y.shape)
+    fitted = [ProcrustesAligner(whiten=whiten).fit(X[:, :], Y) for whiten in (True, None)]
+    assert [a.n_components_ for a in fitted] == [9, 9]
+    v = np.linalg.lstsq(Z, X, rcond=None)[0][0]  # what the first hidden coordinate does to X, and what it must become
+    truth = np.linalg.lstsq(Z, Y, rcond=None)[0][0]
+    right, plain = (abs(float(normed(a.map_direction(v, "displacement")) @ normed(truth))) for a in fitted)
+    assert right > 0.95 and right > plain - 0.02
+    with pytest.raises(ValueError, match="unequal widths"):
+        ProcrustesAligner(whiten=False).fit(X[:, :5], Y)
+
+
 # Auto-encoder
 
 

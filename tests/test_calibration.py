@@ -136,6 +136,12 @@ def test_a_completion_plan_is_calibrated_on_every_token_of_a_text():
 
 
 def test_strengths_of_zero_cannot_be_scaled():
+    for budget in (0, -1):
+        with pytest.raises(ValueError, match="must be above 0"):
+            calibrate(plans(1)[0], tiny("llama"), PROMPTS, budget)
+    rows = plans(1)[0].with_(strength=torch.tensor([0.1, 0.2]))
+    with pytest.raises(ValueError, match="no one strength"):
+        calibrate(rows, tiny("llama"), PROMPTS)
     with pytest.raises(ValueError, match="strength is zero"):
         calibrate_many(tiny("llama"), [plans(1)[0].with_(strength=0.0)], PROMPTS)
 

@@ -208,6 +208,17 @@ def test_from_states_chance_stays_below_what_was_planted(space, aligner):
         assert cosine(arms["permuted"][5].vectors[1].direction, by_hand) > 1 - 1e-6
 
 
+def test_shuffled_anchors_are_no_controls_only_where_the_map_ignores_them():
+    """A large mean of the states must not make every shuffling look like the fit itself."""
+    labelled, y, e, t, _ = planted()
+    moved = {name: x + 1e4 if name.startswith("layer") else x for name, x in t._memory.items()}
+    far = type(t)(t.model, t.layers, t.n_texts, t.position, None, moved)
+    steer = es.ExpertSteer(layers=[(1, 2)], space="target")
+    plan = steer.fit_activations(labelled, y, e, far)
+    for draw in control_arms(steer, labelled, y, e, far, draws=3)["permuted"]:
+        assert abs(cosine(draw.vectors[0].direction, plan.vectors[0].direction)) < 0.9
+
+
 def test_an_auto_encoder_does_not_use_the_pairing():
     labelled, y, e, t, _ = planted()
     steer = es.ExpertSteer.paper(layers=[(1, 2)], direction="mean_difference", random_state=3)

@@ -241,6 +241,25 @@ def test_an_interval_holds_the_spread_of_draws(seed):
     assert (one(x, x, np.ones((1, 40)))[0]) == 0.0
 
 
+def test_draws_and_items_are_covered_as_often_as_said():
+    """Three seeds whose spread is larger than that of the items, and two draws that both sides share."""
+    rng = np.random.default_rng(0)
+    seeds, paired, false = [], [], []
+    for _ in range(300):
+        nets = rng.normal(size=(3, 1)) + 0.3 * rng.normal(size=(3, 40))
+        _, low, high = one(np.ones((1, 40)), nets)
+        seeds.append(low < 1 < high)
+        draws = 2 * rng.normal(size=(2, 1)) + rng.normal(size=(2, 40))  # what pairs were drawn matters for both alike
+        gap = 0.3 + 0.02 * rng.normal(size=(2, 1))
+        _, low, high = one(draws + gap, draws)
+        paired.append(low > 0)
+        rows = {n: rng.normal(size=(2, 1)) + rng.normal(size=(2, 40)) for n in "abc"}
+        found = mean_over(rows, {n: np.zeros((1, 40)) for n in "abc"})
+        assert found is not None
+        false.append(found[1] < 0.05)
+    assert np.mean(seeds) > 0.92 and np.mean(paired) > 0.6 and np.mean(false) < 0.08
+
+
 def test_the_mean_over_concepts_is_tested_for_these_concepts():
     rows = {n: np.full((1, 8), 1.5) for n in "ab"}
     units = {n: np.ones((1, 8)) for n in "ab"}
@@ -262,6 +281,8 @@ def test_an_expert_ahead_of_native_is_found_on_the_tuning_concepts_and_tested_on
     assert set(found) == {"good", "lucky"}
     assert abs(found["good"][0][0] - 0.5) < 0.06 and abs(found["good"][1][0] - 0.4) < 0.06
     assert found["good"][3] < 0.01 and found["lucky"][3] > 0.5
+    rare = [x for x in made if x["level"] != "good" or x["concept"] in (TUNING[0], REPORTING[0])]
+    assert {level for _, level, *_ in ahead(Table(rare), "p")} == {"lucky"}  # not on every concept
     assert factor_table(Table(made), "p", TUNING).count("\n") == 1 + 1 + 3  # the base is the first row
 
 
@@ -306,6 +327,9 @@ def test_what_a_judge_made_of_continuations_is_told_beside_what_they_cost():
         and "| 0.29 |" in row
     )
     assert "p = 0.0005" in text.splitlines()[-1]  # the least that 2000 resamples can tell
+    stopped = [x for x in made if (x["concept"], x["who"]) != ("finance", "native")]
+    assert "| finance |" not in tables(Table(stopped))["judge p reporting"]
+    assert tables(Table(x for x in made if x["who"] != "native"))["judge p reporting"] == "Not measured yet."
 
 
 def test_openings_hold_no_labelled_text():

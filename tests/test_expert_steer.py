@@ -121,6 +121,15 @@ def test_fit_reads_two_models_and_the_plan_steers(tmp_path):
     assert loaded.info["pairs"] == plan.info["pairs"]
 
 
+def test_a_shallow_model_gets_as_many_pairs_as_its_band_holds():
+    labelled, y, e, t, _ = planted()
+    for select in ("highest", "lowest"):
+        steer = es.ExpertSteer.recommended(band=(0.0, 1.0), n_pairs=9, select=select)
+        assert len(steer.fit_activations(labelled, y, e, t).vectors) == len(t.layers)
+    with pytest.raises(ValueError, match="n_pairs is 0"):
+        es.ExpertSteer(n_pairs=0).fit_activations(labelled, y, e, t)
+
+
 def test_layers_that_a_model_lacks_are_told_before_it_is_read():
     with pytest.raises(ValueError, match=r"pair \(1, 9\) was asked for, but the target gpt2 has layers 0 to 3"):
         es.ExpertSteer(layers=[(1, 9)]).fit(tiny("llama"), tiny("gpt2"), PAIRS, GENERAL)

@@ -12,8 +12,8 @@ from tiny import PROMPTS, tiny
 
 from expertsteer_nnsight.calibration import calibrate, neutral_tokens, with_total
 from expertsteer_nnsight.control_arms import random_plans
-from expertsteer_nnsight.effects import Choices, Words
-from expertsteer_nnsight.measuring import measure, receipt
+from expertsteer_nnsight.effects import Choices, Judged, Words
+from expertsteer_nnsight.measuring import _shares, measure, receipt
 from expertsteer_nnsight.receipts import Receipt, interval
 from expertsteer_nnsight.scoring import costs
 from expertsteer_nnsight.steering import SteeringPlan, SteeringVector
@@ -133,17 +133,23 @@ def test_a_bad_plan_is_told_to_be_one(seed):
 
 
 def test_a_plan_no_better_than_its_controls_seldom_passes():
-    """What README says of the verdict: about one in a hundred, if effects are normal around zero."""
+    """What README says of the verdict, if effects are normal."""
     rng = np.random.default_rng(0)
 
-    def verdict(effect):
+    def verdict(effect, mean=0.0, seeds=3, draws=20, spread=1.0):
         expert = {"effect": effect, "interval": [effect - 0.05, effect + 0.05], "items": []}
-        arms = {"expert": expert, "untrained": {"effects": rng.normal(size=3).tolist()}}
-        arms |= {name: {"effects": rng.normal(size=20).tolist()} for name in ("random", "permuted")}
+        arms = {"expert": expert, "untrained": {"effects": rng.normal(mean, size=seeds).tolist()}}
+        arms |= {
+            name: {"effects": (spread * rng.normal(size=draws)).tolist()} for name in ("random", "permuted") if draws
+        }
         return Receipt(arms, {}, 1.0, "nats").contributed
 
-    assert np.mean([verdict(x) for x in rng.normal(size=4000).tolist()]) < 0.015
-    assert np.mean([verdict(6.0) for _ in range(200)]) > 0.95
+    assert np.mean([verdict(x) for x in rng.normal(size=2000).tolist()]) < 0.015
+    assert np.mean([verdict(10.0) for _ in range(200)]) > 0.95
+    # untrained experts that do more than random directions, or no random ones at all
+    for mean, seeds, draws, spread in ((4, 3, 20, 1), (4, 2, 20, 1), (1, 3, 20, 0.3), (0.6, 3, 0, 1), (0, 2, 0, 1)):
+        passed = [verdict(x, mean, seeds, draws, spread) for x in rng.normal(mean, size=2000).tolist()]
+        assert np.mean(passed) < 0.065
 
 
 def test_without_an_untrained_expert_nothing_is_said_of_the_expert():
@@ -175,6 +181,48 @@ def test_anchors_that_are_labelled_texts_are_noted():
     one = SteeringPlan(one.vectors, one.target, {"data": {"anchors_labelled": 7}})
     found = receipt(one, model, WORDS, PROMPTS, draws=2, kl_budget=0.05, doses=(), rollout_tokens=0, **QUICK)
     assert "7 of the anchors are labelled texts" in found.verdict
+
+
+def test_seeds_that_differ_widen_the_share_beyond_them():
+    model, arms = tiny("llama"), {}
+    found = measure(model, {"expert": useful(model), "native": useful(model)}, WORDS, PROMPTS, 0.05, **QUICK)
+    for spread in (0.0, 1.0):
+        effects = [-spread, spread, 0.0]
+        untrained = {**found.arms["native"], "items": [0.0] * 4, "effects": effects, "effect": 0.0}
+        arms[spread] = _shares({**found.arms, "untrained": untrained})["beyond_untrained"]
+    native = found.arms["native"]["effect"]
+    assert arms[0.0][0] == arms[1.0][0] and arms[0.0][1] == pytest.approx(1, abs=0.05)
+    # Student's t with two degrees of freedom: 4.3 standard errors of the mean of three seeds
+    assert arms[1.0][2] - arms[1.0][0] == pytest.approx(4.3 / 3**0.5 / native, rel=0.25)
+
+
+def test_shares_of_a_native_that_steers_nothing_are_left_out():
+    model, one = tiny("llama"), useful(tiny("llama"))
+    random = random_plans(one, 4)
+    found = receipt(one, model, WORDS, PROMPTS, {"native": random[0], "random": random[1:]}, kl_budget=0.05, doses=(),
+                    rollout_tokens=0, **QUICK)  # fmt: skip
+    assert found.shares == {} and "native does no more than random" in found.verdict and "nan" not in repr(found)
+
+
+def test_a_receipt_tells_at_what_strength_and_with_what_judge_it_was_made():
+    class Judge:
+        accuracy_ = 0.75
+
+        def __call__(self, texts):
+            return [len(text) / 10 - 1 for text in texts]
+
+    model, one = tiny("llama"), useful(tiny("llama"))
+    how = {"kl_budget": 0.05, "doses": (), "rollout_tokens": 0, "draws": 2, **QUICK}
+    found = receipt(one, model, Judged(PROMPTS, Judge(), 4), PROMPTS, **how)
+    assert f"residual norms, the plan has {0.5:.2g}" in found.verdict and "held-out accuracy is 0.75" in found.verdict
+    calibrated = calibrate(one, model, PROMPTS, 0.05, rollout=4)
+    same = receipt(calibrated, model, WORDS, PROMPTS, **how)
+    assert "the plan has" not in same.verdict and "Items on the positive side" in repr(same)
+    scores = WORDS.score(model, [calibrated, with_total(-calibrated, same.arms["expert"]["strength_minus"])])
+    assert same.unsteered["agrees"] == float((scores[0] > 0).double().mean())
+    assert same.arms["expert"]["agrees"] == [float((row > 0).double().mean()) for row in scores[1:]]
+    with pytest.raises(ValueError, match="1 item has no interval"):
+        receipt(one, model, WORDS[:1], PROMPTS, **how)
 
 
 def test_the_same_seed_gives_the_same_receipt():
