@@ -121,7 +121,7 @@ def _permuted(
         rows = []
         for n in range(draws):
             shuffled = PermutedAligner(aligner, steer.random_state + n).fit(anchors, y)
-            mapped, own = (a.transform(x[pair.expert]) for a in (shuffled, aligner))
+            mapped, own = shuffled.transform(x[pair.expert]), aligner.transform(x[pair.expert])
             gap, spread = ((m - m.mean(0)).norm() for m in (mapped - own, own))
             if n == 0 and gap < 1e-3 * spread:
                 rows = [v] * draws  # an auto-encoder does not use the pairing: every search would end alike
