@@ -114,7 +114,7 @@ def _arms(
             "draws": len(plans),
             "n": per_item.shape[1],
             "effect": float(torch.quantile(effects.abs(), 0.95)) if null else float(items.mean()),
-            "interval": None if null else list(interval(items)[1:]),
+            "interval": None if null else list(interval(items, None, *_seeds(effects.tolist()))[1:]),
             "effects": effects.tolist(),
             "items": [] if null else items.tolist(),
             "score_plus": float(score[:, 0].mean()),
@@ -239,9 +239,16 @@ def _shares(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
     found = {"expert": list(interval(np.stack([expert, native]), ratio))}
     if "untrained" in arms:
         rows, seeds = np.stack([expert - np.array(arms["untrained"]["items"]), native]), arms["untrained"]["effects"]
-        error = float(np.std(seeds, ddof=1) / len(seeds) ** 0.5 / native.mean()) if len(seeds) > 1 else 0.0
-        found["beyond_untrained"] = list(interval(rows, ratio, error, len(seeds) - 1))
+        error, freedom = _seeds(seeds)
+        found["beyond_untrained"] = list(interval(rows, ratio, error / float(native.mean()), freedom))
     return found
+
+
+def _seeds(effects: Sequence[float]) -> tuple[float, int]:
+    """Standard error of the mean of several draws, and its degrees of freedom."""
+    if len(effects) < 2:
+        return 0.0, 0
+    return float(np.std(effects, ddof=1)) / len(effects) ** 0.5, len(effects) - 1
 
 
 def _noted(plan: SteeringPlan, arms: Mapping[str, Any], shares: Mapping[str, Any], effect: Any) -> list[str]:

@@ -2,7 +2,8 @@
 
 Every arm is one plan, or several draws of one. Each draw is calibrated for either sign by itself to one KL budget on the same
 neutral tokens (`calibration`), then scored on held-out items: the effect is the score steered towards minus the score
-steered away. Intervals are bootstraps over items; arms are compared on the same items.
+steered away. Intervals are bootstraps over items, with Student's t for what several draws differ by; arms are compared on the
+same items.
 
 The mean effect over random draws is zero by symmetry, so the arms in `NULLS` are told by the 95th percentile of |effect| over
 draws. Other arms of several draws (untrained experts of several seeds) are told by their mean.
@@ -34,12 +35,12 @@ class Receipt:
     """Measured arms; print it for the table.
 
     Attributes:
-        arms: by name, plain numbers. `effect` with `interval` (95 %, bootstrap over `n` items; of an arm in `NULLS` the 95th
-            percentile of |effect| over `draws`, without one), `effects` of all draws, `items` (each item's effect; of several
-            draws their mean), `score_plus` and `score_minus`, `wrong_way` (share of items that move the wrong way),
+        arms: by name, plain numbers. `effect` with `interval` (95 %, bootstrap over `n` items, with what `draws` differ by; of an
+            arm in `NULLS` the 95th percentile of |effect| over draws, without one), `effects` of all draws, `items` (each item's
+            effect; of several draws their mean), `score_plus` and `score_minus`, `agrees` (shares of the items whose score is
+            above 0, which is the positive side, steered towards and away), `wrong_way` (share of items that move the wrong way),
             `strength_plus`, `strength_minus` (total over layers, in residual norms), `kl_p95` (nats, the larger of both signs),
-            `nll` (nats a token, mean of both signs), `budget_met`, `layers`, `agrees` (shares of the items whose score is above 0,
-            which is the positive side, steered towards and away). Of several draws: medians.
+            `nll` (nats a token, mean of both signs), `budget_met`, `layers`. Of several draws: medians.
         unsteered: `score`, `nll` and `agrees` without steering.
         kl_budget: nats, at which the arms were compared; less than asked where some arm could not reach that.
         unit: of effects.
