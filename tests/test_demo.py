@@ -28,7 +28,7 @@ def demo(tmp_path_factory):
     """What the demo wrote and printed, with fewer anchors and draws, for the time of it."""
     out, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        main(["--out", str(out), "--anchors", "400", "--draws", "5"])
+        main(["--out", str(out), "--anchors", "400", "--draws", "5", "--untrained", "3"])
     return out, printed.getvalue()
 
 
@@ -38,12 +38,12 @@ def test_the_demo_writes_its_files_and_keeps_its_claims(demo):
     arms = receipt.arms
     assert set(arms) == ARMS
     assert all(abs(arm["kl_p95"] / receipt.kl_budget - 1) < 0.05 for arm in arms.values())
-    assert arms["permuted"]["draws"] == arms["random"]["draws"] == 5 and arms["untrained"]["draws"] == 5
+    assert arms["permuted"]["draws"] == arms["random"]["draws"] == 5 and arms["untrained"]["draws"] == 3
     assert arms["expert"]["n"] == 40 and arms["expert"]["interval"][0] > 0
 
     effect = {name: arm["effect"] for name, arm in arms.items()}
     assert receipt.shares["expert"][0] >= 0.6
-    assert effect["expert"] >= 2 * max(arms["untrained"]["effects"])
+    assert effect["expert"] >= 2 * max(map(abs, arms["untrained"]["effects"]))
     assert effect["expert"] > max(effect["permuted"], effect["random"], effect["text_features"])
     assert receipt.contributed and receipt.shares["beyond_untrained"][1] > 0.4
 
@@ -60,7 +60,7 @@ def test_a_plan_from_an_untrained_expert_is_told_to_contribute_nothing(demo):
     folder, _ = demo
     expert, target = (load(str(model_path(name))) for name in ("gemma-3-270m", "SmolLM2-135M-Instruct"))
     pairs, probe = es.example("sentiment_pairs").split("train"), es.example("sentiment_probe")
-    _, controls = fit_arms(expert, target, pairs, 400, 5, 5, 0, folder / "states")  # nothing is read again
+    _, controls = fit_arms(expert, target, pairs, 400, 3, 5, 0, folder / "states")  # nothing is read again
     words = es.Words(probe["test_prompts"][:16], probe["positive_words"], probe["negative_words"])
     seeds = controls["untrained"]
     arms = {"native": controls["native"], "random": controls["random"]}
