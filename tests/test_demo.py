@@ -9,7 +9,7 @@ import pytest
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.packaged_models import model_path
-from recipes.demo import fit_arms, load, main
+from recipes.demo import load, main
 
 ARMS = {
     "expert", "native", "untrained", "text_features", "permuted", "random", "paper",
@@ -60,11 +60,12 @@ def test_a_plan_from_an_untrained_expert_is_told_to_contribute_nothing(demo):
     folder, _ = demo
     expert, target = (load(str(model_path(name))) for name in ("gemma-3-270m", "SmolLM2-135M-Instruct"))
     pairs, probe = es.example("sentiment_pairs").split("train"), es.example("sentiment_probe")
-    _, controls = fit_arms(expert, target, pairs, 400, 3, 5, 0, folder / "states")  # nothing is read again
+    anchors, cache = es.example("general")[:400], folder / "states" / "recommended"  # nothing is read again
+    steer = es.ExpertSteer.recommended()
+    steer.fit(expert, target, pairs, anchors, cache=cache)
+    controls = steer.controls(expert, target, pairs, anchors, untrained=3, draws=0, cache=cache)
     words = es.Words(probe["test_prompts"][:16], probe["positive_words"], probe["negative_words"])
-    seeds = controls["untrained"]
-    arms = {"native": controls["native"], "random": controls["random"]}
-    for bad, others in ((seeds[0], seeds[1:]), (seeds[-1], seeds[:-1])):
-        found = es.receipt(bad, target, words, probe["neutral_texts"][:4], {**arms, "untrained": others}, doses=(),
-                           rollout_tokens=0, progress=False)  # fmt: skip
-        assert found.contributed is False and "contributed nothing" in repr(found.plan)
+    bad, *others = controls["untrained"]
+    arms = {"native": controls["native"], "untrained": others}
+    found = es.receipt(bad, target, words, probe["neutral_texts"][:4], arms, draws=5, doses=(), rollout_tokens=0)
+    assert found.contributed is False and "contributed nothing" in repr(found.plan)
