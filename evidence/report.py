@@ -57,7 +57,9 @@ def base_table(table: Table, pair: str, concepts: Sequence[str], level: str = BA
                   "wrong way", "NLL, native / expert"], body)  # fmt: skip
 
 
-def medians(table: Table, pair: str, concepts: Sequence[str], factor: str, level: str) -> dict[str, list[float] | None]:
+def medians(
+    table: Table, pair: str, concepts: Sequence[str], factor: str, level: str, units: Rows | None = None
+) -> dict[str, list[float] | None]:
     """Medians over concepts, as shares of the base's native effect.
 
     Args:
@@ -66,6 +68,8 @@ def medians(table: Table, pair: str, concepts: Sequence[str], factor: str, level
         concepts: names.
         factor: of the level.
         level: what is looked at.
+        units: native effects on more items, where `table` has few: a share is then 1 + (effect - native) / unit, with the
+            difference on the same few items and a unit that is better known.
 
     Returns:
         expert, change (expert - the base's expert), untrained, own (native with the same labels and layers), ahead
@@ -74,33 +78,41 @@ def medians(table: Table, pair: str, concepts: Sequence[str], factor: str, level
     expert, untrained, own, text = (
         table.arm(pair, concepts, factor, level, who) for who in ("expert", "untrained", "native", "text_features")
     )
-    unit, base = (table.arm(pair, concepts, *BASE, who) for who in ("native", "expert"))
+    native, base = (table.arm(pair, concepts, *BASE, who) for who in ("native", "expert"))
+    unit = native if units is None else units
+
+    def share(rows: Rows) -> list[float] | None:
+        if units is None:
+            return over(rows, unit)
+        found = over(rows, unit, native)
+        return found and [1 + x for x in found]
+
     return {
-        "expert": over(expert, unit),
+        "expert": share(expert),
         "change": over(expert, unit, base),
-        "untrained": over(untrained, unit),
-        "own": over(own, unit),
-        "ahead": over(expert, unit, own if own else unit),
+        "untrained": share(untrained),
+        "own": share(own),
+        "ahead": over(expert, unit, own if own else native),
         "beyond": over(expert, unit, untrained),
         "beyond_text": over(expert, unit, text),
     }
 
 
-def _varied(table: Table, pair: str, concepts: Sequence[str]) -> tuple[Table, list[str]]:
-    """What factors are compared on: the items and concepts that they were measured on."""
+def _varied(table: Table, pair: str, concepts: Sequence[str]) -> tuple[Table, list[str], Rows]:
+    """What factors are compared on, the items and concepts that they were measured on, and native effects on all items."""
     lines = [x for x in table.lines if x["pair"] == pair and x["factor"] not in ("base", "judge")]
     varied = {line["concept"] for line in lines}
     names = [name for name in concepts if name in varied]
     items = min((line["n"] for line in lines), default=0)
-    return table.first(names, items), names
+    return table.first(names, items), names, table.arm(pair, names, *BASE, "native")
 
 
 def factor_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
     """A row for each level of each factor: medians over the concepts that factors were varied on."""
-    few, names = _varied(table, pair, table.steerable(pair, concepts))
+    few, names, units = _varied(table, pair, table.steerable(pair, concepts))
     body = []
     for factor, level in few.levels(pair):
-        found = medians(few, pair, names, factor, level)
+        found = medians(few, pair, names, factor, level, units)
         if found["expert"] is not None or found["own"] is not None:
             count = len(few.arm(pair, names, factor, level, "expert") or few.arm(pair, names, factor, level, "native"))
             shown = [told(found[name]) for name in ("expert", "change", "untrained", "own", "ahead")]
@@ -135,15 +147,15 @@ def ahead(table: Table, pair: str) -> list[tuple[str, str, list[float], list[flo
     for factor, level in sides[0][0].levels(pair):
         if factor == "layers" or level == "paper":
             continue
-        experts = [few.arm(pair, names, factor, level, "expert") for few, names in sides]
-        if any(set(found) != set(names) for found, (_, names) in zip(experts, sides, strict=True)):
+        experts = [few.arm(pair, names, factor, level, "expert") for few, names, _ in sides]
+        if any(set(found) != set(names) for found, (_, names, _) in zip(experts, sides, strict=True)):
             continue
         tests = [
             mean_over(x, _rival(few, pair, names, factor, level))
-            for x, (few, names) in zip(experts, sides, strict=True)
+            for x, (few, names, _) in zip(experts, sides, strict=True)
         ]
         if tests[0] is not None and tests[0][2] and tests[0][1] < 0.05:
-            few, names = sides[1]
+            few, names, _ = sides[1]
             beyond = mean_over(experts[1], few.arm(pair, names, factor, level, "untrained"))
             found.append((factor, level, tests[0][0], tests[1], beyond))
     return [

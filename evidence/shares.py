@@ -76,15 +76,17 @@ def resampled(a: np.ndarray, minus: np.ndarray | None = None, unit: np.ndarray |
     Args:
         a: effects `[draw, item]`.
         minus: effects of the same items that are taken off.
-        unit: effects of the same items that they are a share of.
+        unit: effects that they are a share of; of other items if there are more or fewer.
         seed: of the resampling.
     """
-    pick = np.random.default_rng(seed).integers(a.shape[1], size=(RESAMPLES, a.shape[1]))
+    rng = np.random.default_rng(seed)
+    pick = rng.integers(a.shape[1], size=(RESAMPLES, a.shape[1]))
     gap = a.mean(0) if minus is None else a.mean(0) - minus.mean(0)
     value, found = gap.mean(), gap[pick].mean(1)
     if unit is not None:
-        over = unit.mean(0)
-        value, found = value / over.mean(), found / over[pick].mean(1)
+        whole = unit.mean(0)
+        other = pick if len(whole) == a.shape[1] else rng.integers(len(whole), size=(RESAMPLES, len(whole)))
+        value, found = value / whole.mean(), found / whole[other].mean(1)
     return float(value), found
 
 

@@ -222,6 +222,19 @@ def test_wider_anchors_have_a_table_of_their_own_in_units_of_the_same_native_eff
     assert "| 1.5" in row or "| 1.4" in row
 
 
+def test_a_factor_on_few_items_is_told_in_units_of_all_items():
+    def line(who, factor, level, items):
+        return {"pair": "p", "concept": TUNING[0], "factor": factor, "level": level, "who": who, "draw": 0, "items": items,
+                "effect": float(np.mean(items)), "n": len(items)}  # fmt: skip
+
+    half = 32 * [2.0]  # native does more on the items that factors are compared on
+    made = [line("native", "base", "recommended", half + 32 * [1.0]), line("random", "base", "recommended", 64 * [0.01]),
+            line("expert", "base", "recommended", half + 32 * [0.5]), line("expert", "labels", "few", 32 * [1.0])]  # fmt: skip
+    rows = {row.split(" | ")[1]: row for row in factor_table(Table(made), "p", TUNING).splitlines()}
+    assert "| 1 | 1.00 [1.00, 1.00] | 0.00 [0.00, 0.00] |" in rows["recommended"]  # as native on the same items
+    assert "| 1 | 0.33 [" in rows["few"] and "| -0.67 [" in rows["few"]  # 1 - 1 / 1.5
+
+
 def test_concepts_that_native_does_not_steer_count_in_no_median():
     whos = {"native": 2.0, "expert": 1.0, "untrained": 0.0, "text_features": 0.0, "random": 0.01}
     weak = {**whos, "native": 0.05, "expert": 5.0}
