@@ -118,7 +118,9 @@ class ExpertSteer(BaseEstimator):
     def recommended(cls, **changes: Any) -> ExpertSteer:
         """What we measured to work: a whitened rotation on paired anchors, the five most similar layer pairs, mean difference.
 
-        Chosen on the tuning concepts of `docs/evidence.md`.
+        Chosen on the tuning concepts of `docs/evidence.md`, and measured on six others: 0.89 of the effect of the target's own
+        direction at equal KL (median), 0.81 of it beyond untrained experts. Give it a thousand generic anchors or more, none of
+        them a labelled text: with 200 it has a third.
         """
         return cls(**{"aligner": ProcrustesAligner(whiten=True), "score": "mutual_knn", "n_pairs": 5, **changes})
 
