@@ -236,13 +236,12 @@ class Measuring:
         """What a judge makes of continuations, of an instruction and steered at the strengths that were found for `arms`."""
         known = {Results.key(line): line for line in self.results.lines if "strength" in line}
 
-        def seen(arm: Arm, both: list[list[str]], plans: list[Any], *met: bool) -> None:
+        def seen(arm: Arm, both: list[list[str]], plans: list[Any], met: bool = True) -> None:
             if not self.has("judge", "rollouts", arm.who, arm.draw):
                 found = [self._continued(*each, judge) for each in zip(both, plans, strict=True)]
                 line = self._line(replace(arm, factor="judge", level="rollouts"), *(score for score, _ in found))
-                line["met"] = all(met)
                 costs = {name: [cost[name] for _, cost in found] for name in ("rollout_nll", "repetition")}
-                self.results.add([{**line, **costs, "judge_accuracy": judge.accuracy_}])
+                self.results.add([{**line, **costs, "met": met, "judge_accuracy": judge.accuracy_}])
 
         nothing = Arm("base", "recommended", "prompted", 0, None)  # type: ignore[arg-type]
         seen(nothing, [[f"{text}\n\n{o}" for o in openings] for text in instruction], [None, None])

@@ -70,7 +70,13 @@ class Calibration:
 
 
 def total_strength(plan: SteeringPlan) -> float:
-    """Root of the summed squares of a plan's strengths: k layers of s / sqrt(k) count as s."""
+    """Root of the summed squares of a plan's strengths: k layers of s / sqrt(k) count as s.
+
+    Raises:
+        ValueError: strengths or vectors a row.
+    """
+    if any(v.rows is not None for v in plan.vectors):
+        raise ValueError("A plan with a strength or vector for each row has no one strength: take a plan for each row.")
     return math.sqrt(sum(float(v.strength) ** 2 for v in plan.vectors))
 
 
@@ -78,7 +84,7 @@ def with_total(plan: SteeringPlan, strength: float | int) -> SteeringPlan:
     """The plan scaled to a total strength.
 
     Raises:
-        ValueError: its own strength is zero, which no factor changes.
+        ValueError: its own strength is zero, which no factor changes, or it has one for each row.
     """
     if total_strength(plan) == 0:
         raise ValueError("The plan's strength is zero, so it cannot be scaled: give it any other.")
@@ -125,10 +131,6 @@ def calibrate_many(
     """
     if not kl_budget > 0:
         raise ValueError(f"kl_budget is {kl_budget}: it must be above 0, in nats.")
-    if any(v.rows is not None for plan in plans for v in plan.vectors):
-        raise ValueError(
-            "A plan with a strength or vector for each row has no one strength: calibrate a plan for each row."
-        )
     texts = encoded(model, texts)
     curves: list[list[tuple[float, float]]] = [[] for _ in plans]
     nlls: dict[tuple[int, float], float] = {}

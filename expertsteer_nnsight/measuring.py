@@ -229,8 +229,8 @@ def _shares(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
     if "native" not in arms:
         return {}
     native, expert = (np.array(arms[name]["items"]) for name in ("native", "expert"))
-    reached = max([0.0, *(arms[name]["effect"] for name in ("random",) if name in arms)])
-    if arms["native"]["interval"][0] <= 0 or arms["native"]["effect"] <= reached:
+    by_chance = arms["random"]["effect"] if "random" in arms else 0.0
+    if arms["native"]["interval"][0] <= 0 or arms["native"]["effect"] <= by_chance:
         return {}
 
     def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
@@ -238,8 +238,8 @@ def _shares(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
 
     found = {"expert": list(interval(np.stack([expert, native]), ratio))}
     if "untrained" in arms:
-        rows, seeds = np.stack([expert - np.array(arms["untrained"]["items"]), native]), arms["untrained"]["effects"]
-        error, freedom = _seeds(seeds)
+        rows = np.stack([expert - np.array(arms["untrained"]["items"]), native])
+        error, freedom = _seeds(arms["untrained"]["effects"])
         found["beyond_untrained"] = list(interval(rows, ratio, error / float(native.mean()), freedom))
     return found
 

@@ -11,7 +11,7 @@ import torch
 from tiny import ARCHITECTURES, PROMPTS, tiny
 
 from expertsteer_nnsight.calibration import calibrate, calibrate_many, neutral_tokens, total_strength, with_total
-from expertsteer_nnsight.scoring import costs, stack, word_scores
+from expertsteer_nnsight.scoring import costs, encoded, stack, word_scores
 from expertsteer_nnsight.steering import SteeringPlan, SteeringVector
 
 
@@ -135,13 +135,43 @@ def test_a_completion_plan_is_calibrated_on_every_token_of_a_text():
         calibrate_many(model, [plan.with_(where="prompt")], ["a"])
 
 
-def test_strengths_of_zero_cannot_be_scaled():
+def test_what_has_no_strength_to_be_calibrated_is_refused():
     for budget in (0, -1):
         with pytest.raises(ValueError, match="must be above 0"):
             calibrate(plans(1)[0], tiny("llama"), PROMPTS, budget)
     rows = plans(1)[0].with_(strength=torch.tensor([0.1, 0.2]))
     with pytest.raises(ValueError, match="no one strength"):
         calibrate(rows, tiny("llama"), PROMPTS)
+
+
+def test_the_dose_of_a_plan_is_told_by_a_vector_that_has_a_strength():
+    first, second = plans(1)[0].vectors[0], plans(1, (2,))[0].vectors[0]
+    one = SteeringPlan([replace(first, strength=0.0), second])
+    half = 0.5 * calibrate(one, tiny("llama"), PROMPTS, 0.05, rollout=2)
+    assert half.dose == pytest.approx(0.5) and "dose 0.5" in repr(half)
+
+
+def test_a_word_counts_with_its_own_token_where_the_tokenizer_puts_a_space_before_a_text(monkeypatch):
+    model = tiny("llama", False, 91)
+    own, space = model.tokenizer, model.tokenizer(" ", add_special_tokens=False)["input_ids"]
+
+    class Spaced:
+        """Puts a token for a space before what it is given, as SentencePiece does."""
+
+        def __call__(self, text, **how):
+            found = own(text, **how)
+            return {**found, "input_ids": [*space, *found["input_ids"]]} if isinstance(text, str) else found
+
+        def __getattr__(self, name):
+            return getattr(own, name)
+
+    known = encoded(model, PROMPTS)
+    expected = word_scores(model, [], known, ["dog"], ["fox"])
+    monkeypatch.setattr("expertsteer_nnsight.scoring.tokenizer_of", lambda _: Spaced())
+    torch.testing.assert_close(word_scores(model, [], known, ["dog"], ["fox"]), expected)
+
+
+def test_strengths_of_zero_cannot_be_scaled():
     with pytest.raises(ValueError, match="strength is zero"):
         calibrate_many(tiny("llama"), [plans(1)[0].with_(strength=0.0)], PROMPTS)
 
