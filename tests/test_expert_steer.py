@@ -97,6 +97,7 @@ def test_presets_are_estimators():
         steer = preset(n_pairs=2)
         assert clone(steer).get_params(deep=False)["n_pairs"] == 2 and "ExpertSteer(" in repr(steer)
     assert isinstance(es.ExpertSteer.paper().aligner, es.AutoencoderAligner)
+    assert es.ExpertSteer.recommended().aligner.whiten  # at equal widths too
 
 
 def test_fit_reads_two_models_and_the_plan_steers(tmp_path):

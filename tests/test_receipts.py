@@ -202,6 +202,9 @@ def test_shares_of_a_native_that_steers_nothing_are_left_out():
     found = receipt(one, model, WORDS, PROMPTS, {"native": random[0], "random": random[1:]}, kl_budget=0.05, doses=(),
                     rollout_tokens=0, **QUICK)  # fmt: skip
     assert found.shares == {} and "native does no more than random" in found.verdict and "nan" not in repr(found)
+    steady = {"items": [1.0, 1.1, 0.9, 1.0], "effect": 1.0, "interval": [0.9, 1.1]}  # for certain above zero
+    arms = {"expert": steady, "native": steady, "random": {"effect": 0.5}}
+    assert _shares(arms)["expert"][0] == 1 and _shares({**arms, "random": {"effect": 1.5}}) == {}
 
 
 def test_a_receipt_tells_at_what_strength_and_with_what_judge_it_was_made():
