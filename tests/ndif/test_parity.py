@@ -9,10 +9,10 @@ import runpy
 import nnsight
 import pytest
 import torch
-from lab import BOS, REPOSITORY, SMOL, TINY
+from lab import BOS, REPOSITORY, SMOL, TINY, vector
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight import Positions, Remote, SteeringPlan, SteeringVector
+from expertsteer_nnsight import Positions, Remote, SteeringPlan
 from expertsteer_nnsight.calibration import calibrate_many
 from expertsteer_nnsight.control_arms import random_plans
 from expertsteer_nnsight.measuring import measure
@@ -23,13 +23,6 @@ PROMPTS = ["The capital of France is", "My favourite food is a big plate of", "O
 TEXTS = es.example("general")[:60]
 REPOS = pytest.mark.parametrize("repo", [TINY, BOS, SMOL])
 SETTINGS = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
-
-
-def vector(model, layer, strength, seed=0, rows=None, **settings):
-    width = model.config.hidden_size
-    shape = (width,) if rows is None else (rows, width)
-    direction = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return SteeringVector(layer, direction, strength, 50.0 if width == 576 else 3.0, **settings)
 
 
 def plans(model):

@@ -1,0 +1,208 @@
+"""Log-probabilities of continuations under one plan, many texts a forward; what runs here also runs on a server.
+
+Unlike `scoring`, where many plans share one text, here one plan meets thousands of texts. Texts are padded on the right,
+where no real token sees it. Locally the continuations of one context share its keys and values where that saves enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import nnsight
+import torch
+from torch import Tensor
+
+from ..steering import SteeringPlan
+
+if TYPE_CHECKING:
+    from ..remote import Remote
+
+JOB = 256  # texts a remote job
+WORTH = {"cpu": 64}  # tokens that sharing a context must save, by device; a GPU is quicker with large batches
+SHARED = 16  # continuations of one context a forward, at least
+
+
+class Text(NamedTuple):
+    """What the model reads for one or more continuations that differ in their last token.
+
+    Attributes:
+        ids: the context and the continuation without its last token.
+        prompt: how many of them are the context.
+        scored: how many of the last ones predict a token of the longest continuation.
+        ends: the last tokens, one for each continuation.
+    """
+
+    ids: tuple[int, ...]
+    prompt: int
+    scored: int
+    ends: tuple[int, ...]
+
+
+def _padded(rows: list[tuple[int, ...]]) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+
+
+def _found(logits: Tensor, lengths: list[int], width: int, texts: list[Text]) -> list[Tensor]:
+    """For each text `[2, scored - 1 + ends]`: log-probabilities in nats, and whether each token is the likeliest.
+
+    Args:
+        logits: of the last columns of a batch that is `width` wide.
+        lengths: real columns of each row.
+        width: of the batch.
+        texts: one a row.
+    """
+    found = []
+    for row, length, text in zip(logits, lengths, texts, strict=True):
+        last = length - width + row.shape[0]
+        mine = torch.log_softmax(row[last - text.scored : last].float(), -1)
+        said = torch.tensor(text.ids[len(text.ids) - text.scored + 1 :], device=mine.device, dtype=torch.long)
+        ends = torch.tensor(text.ends, device=mine.device)
+        values = torch.cat([mine[:-1].gather(-1, said[:, None])[:, 0], mine[-1, ends]])
+        best = mine.argmax(-1)
+        found.append(torch.stack([values, torch.cat([best[:-1] == said, best[-1] == ends]).to(values.dtype)]))
+    return found
+
+
+def _steer(model: Any, plan: SteeringPlan | None, prompts: list[int]) -> None:
+    if plan is not None:
+        border = any(v.where != "all" or v.from_step for v in plan.vectors)
+        plan.apply(model, prompt_lengths=prompts if border else None)
+
+
+def _forward(
+    model: Any, plan: SteeringPlan | None, texts: list[Text], can_keep: bool, cache: Any = None
+) -> list[Tensor]:
+    """`_found` of texts in one batch, after the keys and values in `cache` of the tokens that they have in common."""
+    past = 0 if cache is None else int(cache.get_seq_length())
+    rows, prompts = [text.ids[past:] for text in texts], [text.prompt for text in texts]
+    ids, lengths = _padded(rows), [len(row) for row in rows]
+    width = ids.shape[1]
+    call: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones(len(ids), past + width, dtype=torch.long)}
+    if cache is None:
+        call["use_cache"] = False
+    else:
+        call["past_key_values"] = cache
+    if can_keep:
+        call["logits_to_keep"] = max(width - length + text.scored for length, text in zip(lengths, texts, strict=True))
+    with torch.no_grad(), model.trace(**call):
+        _steer(model, plan, prompts)
+        found = nnsight.save(_found(model.output.logits, lengths, width, texts))
+    return [f.cpu() for f in found]
+
+
+def _job(
+    model: Any, backend: Any, plan: SteeringPlan | None, batches: list[list[Text]], can_keep: bool
+) -> list[Tensor]:
+    """`_forward` of batches, in one remote job."""
+    with model.session(backend=backend):
+        found = nnsight.save([])
+        for batch in batches:
+            found.extend(_forward(model, plan, batch, can_keep))
+    return found
+
+
+def _context(model: Any, plan: SteeringPlan | None, text: Text, length: int, rows: int, can_keep: bool) -> Any:
+    """Keys and values of a text's first tokens, in as many rows."""
+    call: dict[str, Any] = {"input_ids": torch.tensor([text.ids[:length]]), "use_cache": True}
+    call["attention_mask"] = torch.ones(1, length, dtype=torch.long)
+    if can_keep:
+        call["logits_to_keep"] = 1
+    with torch.no_grad(), model.trace(**call):
+        _steer(model, plan, [text.prompt])
+        cache = nnsight.save(model.output.past_key_values)
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _in_common(texts: list[Text]) -> int:
+    """How many first tokens all texts share, before the ones that predict a continuation."""
+    most = min(len(text.ids) - text.scored for text in texts)
+    first, last = min(text.ids for text in texts), max(text.ids for text in texts)
+    return next((i for i in range(most) if first[i] != last[i]), most)
+
+
+class Scorer:
+    """Scores continuations.
+
+    Args:
+        model: the target.
+        plan: steers it; None for none.
+        host: where it runs; None for here.
+        share: share the keys and values of a context where that pays; local models alone.
+    """
+
+    def __init__(self, model: Any, plan: SteeringPlan | None, host: Remote | None = None, share: bool = True) -> None:
+        self.model, self.plan, self.host, self.share = model, plan, host, share and host is None
+        self._can_keep = "logits_to_keep" in signature(model._module.forward).parameters
+        self._tried = False
+
+    def __call__(self, texts: Sequence[Text], batch: int, done: Callable[[int, Tensor], None]) -> None:
+        """Scores texts in whichever order is quickest.
+
+        Args:
+            texts: what is scored.
+            batch: texts a forward.
+            done: called with a text's number and what `_found` gives for it, as soon as it is known.
+        """
+        alone: list[int] = []
+        if self.share:
+            by_context = sorted(range(len(texts)), key=lambda i: texts[i].ids[: texts[i].prompt])
+            for _, group in groupby(by_context, key=lambda i: texts[i].ids[: texts[i].prompt]):
+                numbers = list(group)
+                if not self._shared([texts[i] for i in numbers], numbers, max(batch, SHARED), done):
+                    alone += numbers
+        else:
+            alone = list(range(len(texts)))
+        alone.sort(key=lambda i: -len(texts[i].ids))  # the longest first: what does not fit fails at once
+        if self.host is None:
+            for numbers in _cut(alone, batch):
+                self._report(
+                    numbers, _forward(self.model, self.plan, [texts[i] for i in numbers], self._can_keep), done
+                )
+            return
+        for numbers in _cut(alone, max(1, JOB // batch) * batch):
+            batches = [[texts[i] for i in some] for some in _cut(numbers, batch)]
+            with self.host.explained("Scoring continuations", "batch_size="):
+                found = _job(self.model, self.host.backend(self.model), self.plan, batches, self._can_keep)
+            self._report(numbers, found, done)
+
+    @staticmethod
+    def _report(numbers: list[int], found: list[Tensor], done: Callable[[int, Tensor], None]) -> None:
+        for number, values in zip(numbers, found, strict=True):
+            done(number, values.cpu())
+
+    def _shared(self, texts: list[Text], numbers: list[int], rows: int, done: Callable[[int, Tensor], None]) -> bool:
+        """Scores texts of one context together, if that pays and the model can; whether it did."""
+        if len(texts) < 2:
+            return False
+        common = _in_common(texts)
+        worth = WORTH.get(self.model.device.type, 2048)
+        if common * (len(texts) - 1) < worth or not self.share:
+            return False
+        for at in range(0, len(texts), rows):
+            some = texts[at : at + rows]
+            try:
+                cache = _context(self.model, self.plan, some[0], common, len(some), self._can_keep)
+                found = _forward(self.model, self.plan, some, self._can_keep, cache)
+            except (AttributeError, TypeError, ValueError):  # a cache of another kind, as recurrent models have
+                if self._tried:
+                    raise
+                self.share = False
+                return False
+            if not self._tried:  # a model is tried once
+                self._tried = True
+                plain = _forward(self.model, self.plan, some, self._can_keep)
+                if not all(torch.allclose(a[0], b[0], rtol=1e-3, atol=1e-2) for a, b in zip(found, plain, strict=True)):
+                    self.share = False
+                    return False
+            self._report(numbers[at : at + rows], found, done)
+        return True
+
+
+def _cut(items: list[int], size: int) -> Iterator[list[int]]:
+    for at in range(0, len(items), size):
+        yield items[at : at + size]

@@ -1,0 +1,275 @@
+r"""A model of lm-evaluation-harness on nnsight traces: every task of the harness, steered or not, here or on NDIF.
+
+    python -m expertsteer_nnsight.interop.lm_eval --model expertsteer \
+        --model_args pretrained=HuggingFaceTB/SmolLM2-135M-Instruct,plan=plan.safetensors --tasks arc_easy --device cpu
+
+That is lm-eval's own command line with the model `expertsteer` registered (lm-eval 0.4.13 looks for models in its own
+package alone). In Python, importing this module registers it for `lm_eval.simple_evaluate(model="expertsteer", ...)`, or
+pass a `SteeredLM` made of any nnsight model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nnsight
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise ImportError(
+        'Evaluating with lm-evaluation-harness needs the extra: pip install "expertsteer_nnsight[lm-eval]".'
+    ) from error
+
+from ..activations import host_of, tokenizer_of
+from ..identity import ModelIdentity
+from ..steering import SteeringPlan
+from ._continuations import Scorer, Text
+
+if TYPE_CHECKING:
+    from ..remote import Remote
+
+_HFLM: Any = HFLM  # its decorator hides its type
+_log = logging.getLogger("expertsteer_nnsight")
+_ALL = 1_000_000
+_NOT_HERE = ("peft", "delta", "parallelize", "tp_plan", "gguf_file", "autogptq", "gptqmodel")
+
+
+@register_model("expertsteer")
+class SteeredLM(_HFLM):
+    """lm-eval's `hf` model, with every forward an nnsight trace that a plan may steer.
+
+    Tokenization, chat templates, batching arguments, stop sequences and the request cache are those of `hf`. A log-likelihood
+    request is teacher-forced: the border of prompt and completion, which a plan may depend on, is that of the request. In
+    `loglikelihood_rolling` everything after the first token is completion.
+
+    Args:
+        pretrained: a hub id or a folder, or a model of nnsight.
+        plan: a `SteeringPlan` or its file; None does not steer.
+        dose: multiplies the plan's strength; a calibrated plan has the dose 1.
+        remote: True, "http://..." or a `Remote`: run on NDIF, without the model's weights here.
+        share_contexts: read a context once for all its continuations, where that saves time. Local models alone.
+        device: where a model that is loaded here goes.
+        dtype: of a model that is loaded here; "auto" is that of its files.
+        revision: of a model that is loaded.
+        trust_remote_code: run code that comes with a model.
+        kwargs: further arguments of lm-eval's `HFLM`: batch_size, max_length, add_bos_token, prefix_token_id, ...
+
+    Raises:
+        ValueError: the plan does not fit the model, or an argument of `hf` that would load a model another way.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        plan: SteeringPlan | str | Path | None = None,
+        dose: float | int = 1.0,
+        remote: bool | str | Remote = False,
+        share_contexts: bool = True,
+        device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        refused = [name for name in _NOT_HERE if kwargs.get(name)]
+        if refused:
+            raise ValueError(
+                f"The expertsteer model takes no {', '.join(refused)}: load the model yourself and pass it as pretrained."
+            )
+        self.remote = host_of(remote)
+        self.nn_model = (
+            _loaded(pretrained, self.remote, device, dtype, revision, trust_remote_code)
+            if isinstance(pretrained, (str, Path))
+            else pretrained
+        )
+        self.plan = SteeringPlan.load(plan) if isinstance(plan, (str, Path)) else plan
+        if self.plan is not None:
+            self.plan = float(dose) * self.plan
+            self.plan.check(self.nn_model)
+        kwargs.setdefault("tokenizer", tokenizer_of(self.nn_model))
+        about = logging.getLogger("lm_eval.models.huggingface")
+        level = about.level
+        about.setLevel(logging.ERROR)  # warns of every model that is not loaded by name
+        try:
+            super().__init__(self.nn_model._module, **kwargs)
+        finally:
+            about.setLevel(level)
+        self._size = self.batch_size
+        self.pretrained = str(ModelIdentity.of(self.nn_model))
+        if self.remote is not None:
+            self._device = torch.device("cpu")  # of what is sent
+            if self._size == "auto":
+                raise ValueError(
+                    "batch_size is 'auto', which tries sizes on this machine: name a number for a remote model."
+                )
+        self._score = Scorer(self.nn_model, self.plan, self.remote, share_contexts and self.logits_cache)
+        self._steered = self.nn_model if self.plan is None else self.plan.attach(self.nn_model)
+
+    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+        """Unsteered logits; `hf` finds the largest batch with it."""
+        with torch.no_grad(), self.nn_model.trace(input_ids=inps, attention_mask=torch.ones_like(inps)):
+            logits = nnsight.save(self.nn_model.output.logits)
+        return logits
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood in nats, and whether it is the greedy continuation, of (texts, context ids, continuation ids)."""
+        # continuations that differ in their last token alone share a row, unless the plan tells their contexts apart
+        border = self.plan is not None and any(v.where != "all" or v.from_step for v in self.plan.vectors)
+        rows: dict[Any, list[int]] = {}
+        for i, (_, context, continuation) in enumerate(requests):
+            ids = tuple(context + continuation)
+            rows.setdefault((ids[:-1], len(context) if border else 0), []).append(i)
+        texts = [self._text(ids, [requests[i] for i in mine]) for (ids, _), mine in rows.items()]
+        members = list(rows.values())
+        answers: list[Any] = [None] * len(requests)
+        with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+
+            def done(number: int, values: Tensor) -> None:
+                text, (logs, best) = texts[number], values
+                shared = text.scored - 1
+                for place, i in enumerate(members[number]):
+                    names, _, continuation = requests[i]
+                    own = [*range(shared - len(continuation) + 1, shared), shared + place]
+                    answers[i] = (float(logs[own].sum()), bool(best[own].all()))
+                    if names is not None:
+                        self.cache_hook.add_partial("loglikelihood", names, answers[i])
+                    bar.update()
+
+            self._score(texts, self._rows(texts), done)
+        return answers
+
+    def _text(self, ids: tuple[int, ...], requests: list[Any]) -> Text:
+        """The row of requests that differ in their last token alone; what does not fit is cut on the left, as in `hf`."""
+        scored = max(len(continuation) for _, _, continuation in requests)
+        if scored > self.max_length:
+            raise ValueError(
+                f"A continuation has {scored} tokens, more than the model's {self.max_length}: set max_length= or shorten it."
+            )
+        cut = max(0, len(ids) - self.max_length)
+        if cut:
+            _log.warning(
+                "A request has %s tokens, and its first %s are cut: max_length is %s.", len(ids), cut, self.max_length
+            )
+        prompt = max(1, len(requests[0][1]) - cut)
+        return Text(ids[cut:], prompt, scored, tuple(continuation[-1] for _, _, continuation in requests))
+
+    def _rows(self, texts: list[Text]) -> int:
+        if self._size != "auto":
+            return int(self._size)
+        longest = max(texts, key=lambda text: len(text.ids))
+        return self._detect_batch_size([(None, list(longest.ids), [0])])
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts in nats, window by window."""
+        self.batch_size_per_gpu = _ALL  # of windows: batches are made of them later
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.batch_size_per_gpu = self._size
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        """Continuations of a left-padded batch, with the plan on every step."""
+        from lm_eval.models.utils_hf import stop_sequences_criteria
+
+        options = dict(generation_kwargs)
+        mask = options.pop("attention_mask")
+        temperature = options.pop("temperature", 0.0)
+        if options.get("do_sample") is None:
+            options["do_sample"] = temperature > 0
+        if options["do_sample"]:
+            options["temperature"] = temperature
+        width = context.shape[1]
+        options |= {
+            "max_new_tokens": max_length - width,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "use_cache": True,
+        }
+        if self.remote is None:
+            options["stopping_criteria"] = stop_sequences_criteria(self.tokenizer, stop, width, len(context))
+        else:  # a server has no lm-eval: there only the end token stops, and the text is cut here
+            options["backend"] = self.remote.backend(self.nn_model)
+        with (
+            torch.no_grad(),
+            self._steered.generate({"input_ids": context, "attention_mask": mask}, **options) as tracer,
+        ):
+            ids = nnsight.save(tracer.result)
+        return ids.cpu()
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """lm-eval's cache of requests knows nothing of plans, so one file of it serves one model with one plan.
+
+        Raises:
+            ValueError: the file was made with another one.
+        """
+        store = getattr(cache_hook, "dbdict", None)
+        if store is not None:
+            mine = {"model": self.pretrained, "plan": self._plan_hash()}
+            kept = store.get("expertsteer", mine if len(store) == 0 else None)
+            if kept != mine:
+                raise ValueError(
+                    f"This request cache was made with {kept or 'another model class'}, and this is {mine}: name another file."
+                )
+            store["expertsteer"] = mine
+        super().set_cache_hook(cache_hook)
+
+    def _plan_hash(self) -> str | None:
+        if self.plan is None:
+            return None
+        digest = hashlib.sha256()
+        for v in self.plan.vectors:
+            digest.update(repr((v.layer, v.op, v.where, v.from_step, v.skip_special, v.length)).encode())
+            digest.update(v.direction.float().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval stores beside the results."""
+        receipt = {} if self.plan is None else self.plan.info.get("receipt", {})
+        return {
+            "model_name": self.pretrained, "model_dtype": str(self._model.dtype), "plan": self._plan_hash(),
+            "plan_layers": None if self.plan is None else list(self.plan.layers),
+            "plan_dose": None if self.plan is None else self.plan.dose, "plan_receipt": receipt.get("verdict"),
+            "remote": None if self.remote is None else self.remote.address,
+        }  # fmt: skip
+
+
+def _loaded(
+    name: str | Path,
+    remote: Remote | None,
+    device: str | None,
+    dtype: str | torch.dtype,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Any:
+    """A model by its hub id or folder; without its weights if it runs elsewhere."""
+    from nnsight.modeling.transformers import TransformersModel
+
+    options: dict[str, Any] = {"task": "text-generation"}
+    if revision is not None:
+        options["revision"] = revision
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    if remote is not None:
+        return TransformersModel(str(name), **options)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return TransformersModel(str(name), dispatch=True, dtype=dtype, device_map=device, **options)
+
+
+def main() -> None:
+    """lm-eval's command line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
