@@ -42,7 +42,6 @@ _ALL = 1_000_000
 _NOT_HERE = ("peft", "delta", "parallelize", "tp_plan", "gguf_file", "autogptq", "gptqmodel")
 
 
-@register_model("expertsteer")
 class SteeredLM(_HFLM):
     """lm-eval's `hf` model, with every forward an nnsight trace that a plan may steer.
 
@@ -240,6 +239,9 @@ class SteeredLM(_HFLM):
             "plan_dose": None if self.plan is None else self.plan.dose, "plan_receipt": receipt.get("verdict"),
             "remote": None if self.remote is None else self.remote.address,
         }  # fmt: skip
+
+
+register_model("expertsteer")(SteeredLM)  # as a decorator it would hide the class's type
 
 
 def _loaded(

@@ -1,0 +1,83 @@
+"""Which expert, target and tasks stand for a domain: what runs on a laptop, and the scale of the paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from expertsteer_nnsight.packaged_models import MODELS, model_path
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain of the experiment.
+
+    Attributes:
+        name: of the domain.
+        expert: hub id, or the name of a packaged model.
+        target: likewise.
+        fit: the lm-eval task whose training items give the contrast pairs; it must offer options.
+        tasks: what is measured, by task the metric that decides: `acc_norm` is the log-likelihood of an option by character,
+            `acc_mutual_info` the one less that of the option without its question, for options that are the same in every item.
+        instruction: what the arm `prompted` says before each item.
+    """
+
+    name: str
+    expert: str
+    target: str
+    fit: str
+    tasks: dict[str, str]
+    instruction: str
+
+
+_MATHS = "You are a careful mathematician. Work out what is asked and give the right result."
+_MEDICAL = "You are an experienced physician. Answer with what the medical evidence says."
+_FINANCIAL = "You are a financial analyst. Judge the news and the numbers as an investor would."
+_GENERAL = "You are a knowledgeable scientist. Give the right answer."
+
+# 2 cores and 24 GB: the expert reads well what the target does not only in the first
+SMALL = (
+    Domain(
+        "mathematics", "Qwen2.5-Coder-0.5B-Instruct", "SmolLM2-135M-Instruct", "local_svamp", {"local_svamp": "acc"}, _MATHS
+    ),
+    Domain("medical", "gemma-3-270m", "SmolLM2-135M-Instruct", "local_medmcqa", {"local_medmcqa": "acc_norm"}, _MEDICAL),
+    Domain(
+        "financial", "gemma-3-270m", "SmolLM2-135M-Instruct", "local_financial_phrasebank",
+        {"local_financial_phrasebank": "acc_mutual_info"}, _FINANCIAL,
+    ),
+    Domain("general", "gemma-3-270m", "SmolLM2-135M-Instruct", "local_arc_easy", {"local_arc_easy": "acc_norm"}, _GENERAL),
+)  # fmt: skip
+_LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
+# public models of the paper's size; its own list of experts could not be read
+PAPER = (
+    Domain(
+        "mathematics", "Qwen/Qwen2.5-Math-7B-Instruct", _LLAMA, "local_aqua_rat",
+        {"local_svamp": "acc", "local_aqua_rat": "acc_norm", "local_mmlu_mathematics": "acc_norm"}, _MATHS,
+    ),
+    Domain(
+        "medical", "aaditya/Llama3-OpenBioLLM-8B", _LLAMA, "local_medmcqa",
+        {
+            "local_medqa": "acc_norm", "local_medmcqa": "acc_norm", "local_pubmedqa": "acc_mutual_info",
+            "local_mmlu_medical": "acc_norm",
+        },
+        _MEDICAL,
+    ),
+    Domain(
+        "financial", "instruction-pretrain/finance-Llama3-8B", _LLAMA, "local_financial_phrasebank",
+        {"local_financial_phrasebank": "acc_mutual_info", "local_tatqa": "acc_norm", "local_mmlu_financial": "acc_norm"},
+        _FINANCIAL,
+    ),
+    Domain(
+        "general", "Qwen/Qwen2.5-7B-Instruct", _LLAMA, "local_arc_challenge",
+        {
+            "local_arc_easy": "acc_norm", "local_arc_challenge": "acc_norm", "local_openbookqa": "acc_norm",
+            "local_piqa": "acc_norm", "local_social_i_qa": "acc_norm", "local_winogrande": "acc",
+        },
+        _GENERAL,
+    ),
+)  # fmt: skip
+SCALES = {"small": SMALL, "paper": PAPER}
+
+
+def name_of(model: str) -> str:
+    """What nnsight loads: the folder of a packaged model, any other hub id or folder as it is."""
+    return str(model_path(model)) if model in MODELS else model

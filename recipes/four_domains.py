@@ -1,0 +1,355 @@
+"""Does an expert's knowledge reach the target? The paper's experiment, for any expert, target and task of lm-evaluation-harness.
+
+    python -m recipes.four_domains --data FOLDER                      # what runs on two cores; hours, goes on where it stopped
+    python -m recipes.four_domains --data FOLDER --scale paper --remote --dry-run    # names, shapes and sizes, without weights
+    python -m recipes.four_domains --data FOLDER --expert HUB_ID --target HUB_ID --domains medical
+
+For each domain: contrast pairs from training items (the question with its right and with a wrong option), a fit on anchors that are
+none of them, a dose chosen on validation items for every arm alike, and the accuracy on test items, against the same model
+unsteered, item by item. Every evaluation is a line of results.jsonl with what became of each item.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+import expertsteer_nnsight as es
+from expertsteer_nnsight.plotting import figure
+from expertsteer_nnsight.texts import texts_hash
+from recipes.domain_settings import SCALES, Domain, name_of
+
+PAIRS = 200  # labelled pairs, at most
+READ = 800  # of the training questions that are no labelled text, as anchors, at most
+Line = dict[str, Any]
+
+
+class Tasks:
+    """Tasks of lm-eval on the files in a folder, and on the hub.
+
+    Args:
+        data: folder of the files that the tasks of `recipes/tasks` read.
+        every: whether lm-eval's own tasks can be named too; finding them takes seconds.
+    """
+
+    def __init__(self, data: Path | None, every: bool = False) -> None:
+        from lm_eval.tasks import TaskManager
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        folder = Path(__file__).parent / "tasks"
+        metadata: dict[str, Any] = {} if data is None else {"data": str(data)}
+        self.manager = TaskManager(include_path=str(folder), include_defaults=every, metadata=metadata)
+
+    def __call__(self, name: str, split: str = "test") -> Any:
+        """A task that evaluates one of its splits."""
+        (task,) = self.manager.load([name])["tasks"].values()
+        if split == "validation":
+            task.config.test_split = task.config.validation_split
+        return task
+
+    def rows(self, name: str) -> Iterator[Line]:
+        """Training items, as `ContrastPairs.from_choices` takes them: `question`, `options`, `answer`.
+
+        Raises:
+            ValueError: the task offers no options, or has no training items.
+        """
+        task = self(name)
+        if not task.has_training_docs() or task.config.doc_to_choice is None:
+            raise ValueError(
+                f"Pairs are made of training items with options, and {name} has none: name another task in fit."
+            )
+        for doc in task.training_docs():
+            yield {
+                "question": task.doc_to_text(doc),
+                "options": task.doc_to_choice(doc),
+                "answer": task.doc_to_target(doc),
+            }
+
+
+def texts_of(tasks: Tasks, name: str, seed: int, anchors: int | None = None) -> tuple[es.ContrastPairs, list[str]]:
+    """Labelled pairs, and anchors: general texts and questions of the domain that no pair has."""
+    rows = list(tasks.rows(name))
+    order = np.random.default_rng(seed).permutation(len(rows))
+    used = min(PAIRS, len(rows) // 2)
+    pairs = es.ContrastPairs.from_choices([rows[i] for i in order[:used]])
+    taken = {rows[i]["question"] for i in order[:used]}
+    others = [rows[i]["question"] for i in order[used:] if rows[i]["question"] not in taken]
+    return pairs, [*es.example("general")[:anchors], *others[:READ]]
+
+
+def fitted(domain: Domain, models: tuple[Any, Any], tasks: Tasks, args: Any) -> dict[str, list[es.SteeringPlan]]:
+    """The plans of every arm that is a plan, all at the layers of the recommended one unless they are the paper's."""
+    expert, target = models
+    pairs, anchors = texts_of(tasks, domain.fit, args.seed, args.anchors)
+    where: dict[str, Any] = {"cache": args.out / "states" / f"{domain.name}-{texts_hash([*pairs.texts, *anchors])[:8]}"}
+    far = {"remote_expert": args.remote_expert, "remote_target": args.remote}
+    steer = es.ExpertSteer.recommended(random_state=args.seed)
+    arms = {"expert": [steer.fit(expert, target, pairs, anchors, **where, **far)]}
+    controls = steer.controls(
+        expert, target, pairs, anchors, untrained=args.untrained, draws=args.draws, **where, **far
+    )
+    arms |= {k: v if isinstance(v, list) else [v] for k, v in controls.items()}  # type: ignore[misc]
+    at = [(p.expert, p.target) for p in steer.pairs_]
+    rfm = es.ExpertSteer.recommended(direction="rfm", layers=at, random_state=args.seed)
+    arms["expert_rfm"] = [rfm.fit(expert, target, pairs, anchors, **where, **far)]
+    paper = es.ExpertSteer.paper(random_state=args.seed)
+    arms["paper"] = [paper.fit(expert, target, pairs, anchors, **where, **far)]
+    return arms
+
+
+class Measuring:
+    """Evaluates arms of one domain, and keeps a line for each evaluation.
+
+    Args:
+        domain: the domain.
+        target: the steered model.
+        tasks: where tasks come from.
+        args: of the command line.
+    """
+
+    def __init__(self, domain: Domain, target: Any, tasks: Tasks, args: Any) -> None:
+        self.domain, self.target, self.tasks, self.args = domain, target, tasks, args
+        self.path = args.out / "results.jsonl"
+        self.lines = read_lines(self.path)
+        names = (domain.expert, domain.target, domain.fit)
+        self.place = {
+            "domain": domain.name,
+            "settings": " ".join((*names, f"seed {args.seed} kl {args.kl} limit {args.limit}")),
+        }
+
+    def line(
+        self, task: str, split: str, arm: str, draw: int, dose: float, plan: Any, instruction: str | None = None
+    ) -> Line:
+        """One evaluation, measured unless it is there."""
+        key = {**self.place, "task": task, "split": split, "arm": arm, "draw": draw, "dose": dose}
+        for known in self.lines:
+            if all(known[name] == value for name, value in key.items()):
+                return known
+        from lm_eval import evaluator
+
+        from expertsteer_nnsight.interop.lm_eval import SteeredLM
+
+        lm = SteeredLM(self.target, plan, remote=self.args.remote, batch_size=self.args.batch_size)
+        asked = self.tasks(task, split)
+        asked.set_fewshot_seed(seed=self.args.seed)
+        # not simple_evaluate, which takes seconds each time to list the machine's packages
+        found: Any = evaluator.evaluate(
+            lm, {"tasks": {task: asked}}, limit=self.args.limit, bootstrap_iters=0, system_instruction=instruction
+        )
+        samples = sorted(found["samples"][task], key=lambda s: s["doc_id"])
+        metrics = [m for m in ("acc", "acc_norm", "acc_mutual_info") if m in samples[0]]
+        made = {**key, "n": len(samples), **{m: [int(s[m]) for s in samples] for m in metrics}}
+        self.lines.append(made)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(made) + "\n")
+        return made
+
+    def unsteered(self) -> None:
+        """The model as it is, and with an instruction."""
+        for task in self.domain.tasks:
+            self.line(task, "test", "unsteered", 0, 0.0, None)
+            self.line(task, "test", "prompted", 0, 0.0, None, self.domain.instruction)
+
+    def arm(self, name: str, draw: int, plan: es.SteeringPlan) -> None:
+        """One plan: the dose that does best on validation items, then the test items at it."""
+        for task, metric in self.domain.tasks.items():
+            tried = [(self._share(task, name, draw, dose, plan, metric), -dose) for dose in self.args.doses]
+            dose = -max(tried)[1]
+            self.line(task, "test", name, draw, dose, dose * plan)
+
+    def _share(self, task: str, name: str, draw: int, dose: float, plan: es.SteeringPlan, metric: str) -> float:
+        if len(self.args.doses) == 1:
+            return 0.0
+        return float(np.mean(self.line(task, "validation", name, draw, dose, dose * plan)[metric]))
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Lines of results; one that was cut off while it was written is left out."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def compared(steered: Sequence[int], unsteered: Sequence[int]) -> Line:
+    """Difference of two accuracies on the same items, with a 95 % interval (paired bootstrap) and McNemar's exact p."""
+    from scipy.stats import binomtest, bootstrap
+
+    a, b = np.array(steered), np.array(unsteered)
+    gained, lost = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    low, high = (0.0, 0.0)
+    if gained + lost:
+        low, high = bootstrap(
+            ((a - b).astype(float),), np.mean, method="percentile", rng=np.random.default_rng(0)
+        ).confidence_interval
+    return {"difference": float((a - b).mean()), "low": float(low), "high": float(high), "p": float(p)}
+
+
+def summary(lines: list[Line], domains: Sequence[Domain]) -> list[Line]:
+    """A row for each task and arm: accuracies, and the difference to the unsteered model by the task's metric.
+
+    Draws of an arm are rows by themselves. `holm` is p after Holm's correction over the expert's arms of all tasks.
+    """
+    rows = []
+    for domain in domains:
+        for task, metric in domain.tasks.items():
+            tests = [
+                line for line in lines if (line["domain"], line["task"], line["split"]) == (domain.name, task, "test")
+            ]
+            base = next((line for line in tests if line["arm"] == "unsteered"), None)
+            if base is None:
+                continue
+            for line in tests:
+                accuracies = {m: float(np.mean(line[m])) for m in ("acc", "acc_norm", "acc_mutual_info") if m in line}
+                about = {k: line[k] for k in ("domain", "task", "arm", "draw", "dose", "n")}
+                rows.append({**about, "metric": metric, **accuracies, **compared(line[metric], base[metric])})
+    own = sorted((row for row in rows if row["arm"] in ("expert", "expert_rfm", "paper")), key=lambda row: row["p"])
+    worst = 0.0
+    for place, row in enumerate(own):
+        worst = max(worst, min(1.0, row["p"] * (len(own) - place)))
+        row["holm"] = worst
+    return rows
+
+
+def table(rows: list[Line]) -> str:
+    """The rows in Markdown."""
+    names = ("acc", "acc_norm", "acc_mutual_info")
+    head = ["task", "arm", "n", "dose", *names, "difference", "McNemar p", "Holm"]
+    out = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        seen = [f"{row[m]:.3f}" + ("*" if m == row["metric"] else "") if m in row else "" for m in names]
+        gap = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if row["arm"] != "unsteered" else ""
+        p = f"{row['p']:.3f}" if row["arm"] != "unsteered" else ""
+        arm = row["arm"] + (f" {row['draw']}" if row["arm"] in ("untrained", "permuted", "random") else "")
+        cells = [
+            row["task"],
+            arm,
+            str(row["n"]),
+            f"{row['dose']:g}",
+            *seen,
+            gap,
+            p,
+            f"{row['holm']:.3f}" if "holm" in row else "",
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*out, "", "*: the metric that decides, in which differences to the unsteered model are told."])
+
+
+def draw(rows: list[Line]) -> Any:
+    """Differences to the unsteered model with their intervals, a panel for each task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    fig, axes = figure(4.5 * len(tasks), 5, columns=len(tasks))
+    for ax, task in zip(np.atleast_1d(axes), tasks, strict=True):
+        mine = [row for row in rows if row["task"] == task and row["arm"] != "unsteered"]
+        for y, row in enumerate(reversed(mine)):
+            error = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
+            color = "C3" if row["arm"].startswith(("expert", "paper")) else "0.4"
+            ax.errorbar(row["difference"], y, xerr=np.clip(error, 0, None), fmt="o", ms=4, capsize=2, color=color)
+        ax.set_yticks(range(len(mine)), [f"{row['arm']} {row['draw'] or ''}" for row in reversed(mine)], fontsize=7)
+        ax.axvline(0, color="0.7", lw=0.8)
+        ax.set_title(f"{task}, {mine[0]['metric'] if mine else ''}", fontsize=9)
+        ax.set_xlabel("accuracy less that of the unsteered model", fontsize=8)
+    return fig
+
+
+def load(name: str, weights: bool) -> Any:
+    """A model, without its weights if it runs elsewhere."""
+    from nnsight.modeling.transformers import TransformersModel
+
+    options: dict[str, Any] = {"dispatch": True} if weights else {}
+    return TransformersModel(name_of(name), task="text-generation", **options)
+
+
+def describe(domain: Domain, tasks: Tasks) -> str:
+    """Names and shapes of a domain, resolved without weights."""
+    said = [f"{domain.name}:"]
+    for role, name in (("expert", domain.expert), ("target", domain.target)):
+        identity = es.Residual(load(name, weights=False))
+        said.append(f"  {role} {name}: {identity.n_layers} layers, width {identity.hidden_size}")
+    pairs, anchors = texts_of(tasks, domain.fit, 0)
+    said.append(
+        f"  {len(pairs)} pairs of {domain.fit}, {len(anchors)} anchors; the first pair: {pairs.texts[:2]!r:.300}"
+    )
+    for task, metric in domain.tasks.items():
+        counts = {split: len(list(tasks(task, split).eval_docs)) for split in ("validation", "test")}
+        said.append(f"  {task}: {counts['validation']} validation and {counts['test']} test items, by {metric}")
+    return "\n".join(said)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the question sets that recipes/tasks reads")
+    parser.add_argument(
+        "--scale", choices=list(SCALES), default="small", help="models and tasks (default: %(default)s)"
+    )
+    parser.add_argument("--domains", nargs="*", help="names (default: all)")
+    parser.add_argument("--expert", help="in place of the domain's: a hub id, a folder or a packaged model")
+    parser.add_argument("--target", help="in place of the domain's")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/four_domains"), help="where to write (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=int, help="evaluate the first so many items (default: all)")
+    parser.add_argument(
+        "--doses", type=float, nargs="*", default=[0.25, 1.0], help="in units of the KL budget's (default: 0.25 1)"
+    )
+    parser.add_argument("--kl", type=float, default=1.0, help="KL budget in nats (default: %(default)s)")
+    parser.add_argument(
+        "--anchors", type=int, help="general texts that both models read (default: all that come with the package)"
+    )
+    parser.add_argument("--untrained", type=int, default=2, help="untrained experts (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=2, help="draws of permuted and random (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="texts a forward (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
+    parser.add_argument(
+        "--remote", nargs="?", const=True, default=False, help="run the target on NDIF (a host, or nnsight's)"
+    )
+    parser.add_argument("--remote-expert", nargs="?", const=True, default=False, help="the same for the expert")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, with names and shapes resolved")
+    args = parser.parse_args(argv)
+    chosen = [d for d in SCALES[args.scale] if not args.domains or d.name in args.domains]
+    if not chosen:
+        parser.error(f"no such domain: there are {', '.join(d.name for d in SCALES[args.scale])}.")
+    chosen = [replace(d, expert=args.expert or d.expert, target=args.target or d.target) for d in chosen]
+    named = [name for domain in chosen for name in (domain.fit, *domain.tasks)]
+    tasks = Tasks(args.data, every=not all(name.startswith("local_") for name in named))
+    if args.dry_run:
+        print("\n".join(describe(domain, tasks) for domain in chosen))
+        return
+    for domain in chosen:
+        run(domain, tasks, args)
+    rows = summary(read_lines(args.out / "results.jsonl"), chosen)
+    (args.out / "table.md").write_text(table(rows) + "\n")
+    draw(rows).savefig(args.out / "differences.png", dpi=110)
+    print(table(rows))
+
+
+def run(domain: Domain, tasks: Tasks, args: Any) -> None:
+    """Fits, calibrates and evaluates one domain."""
+    target = load(domain.target, weights=not args.remote)
+    measuring = Measuring(domain, target, tasks, args)
+    measuring.unsteered()
+    models = load(domain.expert, weights=not args.remote_expert), target
+    arms = fitted(domain, models, tasks, args)
+    neutral = es.example("sentiment_probe")["neutral_texts"][:8]
+    every = [(name, i, plan) for name, plans in arms.items() for i, plan in enumerate(plans)]
+    doses = es.calibrate([plan for _, _, plan in every], target, neutral, args.kl, remote=args.remote)
+    for (name, i, _), plan in tqdm(list(zip(every, doses, strict=True)), desc=domain.name, unit="plan"):
+        measuring.arm(name, i, plan)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The experiment on tasks: every arm by the same rule, paired statistics, and a run that goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+from question_sets import write_sets
+
+from recipes import four_domains
+from recipes.domain_settings import SCALES, Domain
+from recipes.four_domains import compared, main, read_lines, summary, table
+
+ARMS = {
+    "unsteered",
+    "prompted",
+    "expert",
+    "expert_rfm",
+    "paper",
+    "native",
+    "untrained",
+    "text_features",
+    "permuted",
+    "random",
+}
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """A run on random models and a set of forty questions."""
+    out = tmp_path_factory.mktemp("four")
+    for name, arch, seed in (("expert", "qwen2", 1), ("target", "llama", 2)):
+        model = tiny.build(arch, seed=seed)
+        model._module.save_pretrained(out / name)
+        model.tokenizer.save_pretrained(out / name)
+    data = write_sets(out / "data", 200)
+    return [
+        "--data", str(data), "--domains", "medical", "--expert", str(out / "expert"), "--target", str(out / "target"), "--out",
+        str(out / "run"), "--anchors", "40", "--untrained", "2", "--draws", "2", "--doses", "0.5", "1", "--kl", "0.1",
+    ]  # fmt: skip
+
+
+def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
+    out = four_domains.Path(command[command.index("--out") + 1])
+    main(command)
+    lines = read_lines(out / "results.jsonl")
+    tests = [line for line in lines if line["split"] == "test"]
+    assert {line["arm"] for line in tests} == ARMS
+    assert {line["draw"] for line in tests if line["arm"] in ("untrained", "permuted", "random")} == {0, 1}
+    # every arm had the same doses to choose from, and took the better one on the validation items
+    for line in tests:
+        if line["arm"] not in ("unsteered", "prompted"):
+            place = (line["arm"], line["draw"])
+            tried = {
+                x["dose"]: np.mean(x["acc_norm"])
+                for x in lines
+                if x["split"] == "validation" and (x["arm"], x["draw"]) == place
+            }
+            assert set(tried) == {0.5, 1.0} and tried[line["dose"]] == max(tried.values())
+    (n,) = {line["n"] for line in tests}
+    assert all(len(line["acc_norm"]) == n for line in tests)
+    assert len(table(summary(lines, SCALES["small"])).splitlines()) == 2 + len(tests) + 2
+    assert (out / "differences.png").stat().st_size > 10_000 and "McNemar" in (out / "table.md").read_text()
+
+    # what is there is not measured again; a line that was cut off is
+    text = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join(text[:-1]) + text[-1][:20])
+    from lm_eval import evaluator
+
+    asked, evaluate = [], evaluator.evaluate
+    monkeypatch.setattr(evaluator, "evaluate", lambda *a, **k: asked.append(1) or evaluate(*a, **k))
+    main(command)
+    again = read_lines(out / "results.jsonl")
+    assert len(asked) == 1 and len(again) == len(lines) and again[-1] == lines[-1]
+
+
+def test_a_dry_run_resolves_names_and_shapes_without_weights(command, capsys):
+    main([*command, "--dry-run"])
+    told = capsys.readouterr().out
+    assert "4 layers, width 32" in told and "pairs of local_medmcqa" in told and "test items, by acc_norm" in told
+
+
+def test_labelled_questions_are_no_anchors(command):
+    tasks = four_domains.Tasks(four_domains.Path(command[1]))
+    pairs, anchors = four_domains.texts_of(tasks, "local_medmcqa", 0)
+    assert (
+        len(pairs) >= 8 and pairs.positive[0].endswith("Answer: calcium") and pairs.negative[0].endswith("Answer: air")
+    )
+    assert not {text.rsplit(" ", 1)[0] for text in pairs.texts} & set(anchors)
+    assert any("What do bones hold?" in text for text in anchors)
+
+
+def test_paired_statistics():
+    found = compared([1, 1, 1, 0, 1, 1] * 10, [0, 1, 1, 0, 0, 1] * 10)
+    assert found["difference"] == pytest.approx(1 / 3) and found["low"] < 1 / 3 < found["high"]
+    assert found["p"] == pytest.approx(2 * 0.5**20)  # twenty items gained, none lost
+    same = compared([1, 0], [1, 0])
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+    # McNemar looks at the items that changed alone
+    few = compared([1] * 3 + [0] * 1 + [1] * 96, [0] * 3 + [1] * 1 + [1] * 96)
+    assert few["p"] == pytest.approx(2 * sum(math.comb(4, k) for k in (3, 4)) / 16)
+
+
+def test_holms_correction_counts_the_experts_arms():
+    domain = Domain("d", "e", "t", "task", {"task": "acc"}, "")
+    base = [0] * 10
+    arms = {"unsteered": base, "expert": [1] * 6 + [0] * 4, "paper": [1] * 5 + [0] * 5, "random": [1] * 9 + [0]}
+    lines = [
+        {"domain": "d", "task": "task", "split": "test", "arm": arm, "draw": 0, "dose": 1.0, "n": 10, "acc": acc}
+        for arm, acc in arms.items()
+    ]
+    rows = {row["arm"]: row for row in summary(lines, [domain])}
+    assert rows["expert"]["holm"] == pytest.approx(2 * rows["expert"]["p"])
+    assert rows["paper"]["holm"] == pytest.approx(max(rows["paper"]["p"], rows["expert"]["holm"]))
+    assert "holm" not in rows["random"]
+
+
+def test_every_named_task_and_metric_is_there(command):
+    tasks = four_domains.Tasks(four_domains.Path(command[1]))
+    for domain in (d for scale in SCALES.values() for d in scale):
+        for name, metric in domain.tasks.items():
+            assert metric in tasks(name)._metric_fn_list
+        assert next(tasks.rows(domain.fit))["options"]
+    assert json.dumps(sorted(SCALES)) == '["paper", "small"]'
