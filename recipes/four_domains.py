@@ -173,14 +173,12 @@ class Measuring:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Lines of results; one that was cut off while it was written is left out."""
-    found = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return found
+    """Lines of results; one that was cut off while it was written is taken out of the file."""
+    text = path.read_text() if path.exists() else ""
+    whole, _, cut = text.rpartition("\n")
+    if cut:
+        path.write_text(whole + "\n" if whole else "")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def compared(steered: Sequence[int], unsteered: Sequence[int]) -> Line:
