@@ -190,6 +190,10 @@ def test_sampling_options_are_passed_on():
     assert found[0] == found[1]
 
 
+def test_no_requests_give_no_answers():
+    assert SteeredLM(tiny.build("llama"), batch_size="auto").loglikelihood([], disable_tqdm=True) == []
+
+
 def test_the_largest_batch_can_be_found():
     model = tiny.build("llama")
     auto = SteeredLM(model, batch_size="auto", max_batch_size=16, max_length=100)

@@ -122,6 +122,8 @@ class SteeredLM(_HFLM):
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Log-likelihood in nats, and whether it is the greedy continuation, of (texts, context ids, continuation ids)."""
+        if not requests:
+            return []
         # continuations that differ in their last token alone share a row, unless the plan tells their contexts apart
         border = self.plan is not None and any(v.where != "all" or v.from_step for v in self.plan.vectors)
         rows: dict[Any, list[int]] = {}
