@@ -35,6 +35,8 @@ from .rfm import RecursiveFeatureMachine
 from .steering import SteeringPlan, SteeringVector
 from .texts import Position, texts_hash
 
+_NO_VALIDATION = 'select="sweep" needs fit(validation=Validation(effect, neutral)), of expertsteer_nnsight.layer_sweep.'
+
 if TYPE_CHECKING:
     from .remote import Remote
 
@@ -194,6 +196,8 @@ class ExpertSteer(BaseEstimator):
             ValueError: a setting does not fit the models, or the base model does not fit the expert.
             RemoteFailure: a host, a key or a model cannot be used, or a job failed.
         """
+        if self.select == "sweep" and self.layers is None and validation is None:
+            raise ValueError(_NO_VALIDATION)
         kept: dict[Any, Activations] = {}
         models = {"expert": (expert, remote_expert), "target": (target, remote_target), "base": (base, remote_base)}
         with ExitStack() as until:
@@ -330,7 +334,7 @@ class ExpertSteer(BaseEstimator):
             self.scores_ = match_layers(whole[0], whole[1], self.score, self.permutations, self.random_state)
             if self.select == "sweep":
                 if validate is None:
-                    raise ValueError('select="sweep" needs fit(validation=Validation(effect, neutral)).')
+                    raise ValueError(_NO_VALIDATION)
                 candidates = self.scores_._ranked("highest", "target", self.band)
                 other: Any = clone(self)
                 other.set_params(layers=[(p.expert, p.target) for p in candidates])

@@ -336,7 +336,6 @@ class SteeringPlan:
             known = "" if v.residual_norm is None else f" residual norms (of {v.residual_norm:.4g})"
             where = v.where + (f" from step {v.from_step}" if v.from_step else "")
             lines.append(f"  layer {v.layer:>3}  {v.op} {strength}{known}, {where} positions")
-        lines += [f"  {k}: {_short(v)}" for k, v in self.info.items() if k not in ("calibration", "receipt")]
         calibration, receipt = self.info.get("calibration"), self.info.get("receipt")
         if calibration and self.dose is not None:
             met = "" if calibration["met"] else f", which misses the budget of {calibration['kl_budget']:g}"
@@ -347,6 +346,7 @@ class SteeringPlan:
         else:
             lines.append("  not calibrated: calibrate(plan, model, prompts) gives its strength a unit")
         lines.append(f"  receipt: {receipt['verdict']}" if receipt else "  untested: no receipt")
+        lines += [f"  {k}: {_short(v)}" for k, v in self.info.items() if k not in ("calibration", "receipt")]
         return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,28 @@ def load(name: str) -> TransformersModel:
     return TransformersModel(name, task="text-generation", dispatch=True)
 
 
+def _say(what: str) -> None:
+    print(what, flush=True)
+
+
 def fit_arms(
     expert: Any, target: Any, pairs: Any, anchors: int, untrained: int, draws: int, seed: int, states: Path
 ) -> tuple[es.ExpertSteer, dict[str, Any]]:
     """The fitted recommended estimator, and what its plan is compared with."""
     general = es.example("general")[:anchors]
+    _say("Fitting: both models read the texts.")
     recommended = es.ExpertSteer.recommended(permutations=20, random_state=seed)
     recommended.fit(expert, target, pairs, general, cache=states / "recommended")
+    _say(f"Fitting the controls: {untrained} experts with random weights read the texts too.")
     controls: dict[str, Any] = recommended.controls(
         expert, target, pairs, general, untrained=untrained, draws=draws, cache=states / "recommended"
     )
+    _say("Fitting the paper's settings.")
     paper = es.ExpertSteer.paper(random_state=seed)
-    controls["paper"] = paper.fit(expert, target, pairs, general, cache=states / "paper")
+    with warnings.catch_warnings():
+        # it pairs layers that have least in common, where no direction tells the labels apart: the receipt shows what it does
+        warnings.filterwarnings("ignore", "The direction's correlation with the labels")
+        controls["paper"] = paper.fit(expert, target, pairs, general, cache=states / "paper")
     return recommended, controls
 
 
@@ -78,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> es.Receipt:
     recommended, controls = fit_arms(
         expert, target, pairs, args.anchors, args.untrained, args.draws, args.seed, args.out / "states"
     )
+    _say("Calibrating all arms to one KL, and measuring them.")
     towards, away = es.calibrate([recommended.plan_, -recommended.plan_], target, neutral, args.kl)
     receipt = es.receipt(towards, target, words, neutral, controls)
 

@@ -200,16 +200,21 @@ def test_the_largest_batch_can_be_found():
     close(auto.loglikelihood(choices(), disable_tqdm=True), plain(model).loglikelihood(choices(), disable_tqdm=True))
 
 
-def test_dose_multiplies_a_plan_from_a_file(tmp_path):
+def test_a_plan_from_a_file_and_its_dose(tmp_path):
     model = tiny.build("llama")
     plan = plan_for(model)
     file = plan.save(tmp_path / "plan.safetensors")
-    found = ours(model, str(file), dose=2).loglikelihood(choices(), disable_tqdm=True)
-    assert found == ours(model, 2 * plan).loglikelihood(choices(), disable_tqdm=True)
-    assert found != ours(model, plan).loglikelihood(choices(), disable_tqdm=True)
     info = ours(model, file).get_model_info()
     assert info["plan_layers"] == [1, 2] and info["plan"] == ours(model, plan).get_model_info()["plan"]
     assert ours(model).get_model_info()["plan"] is None
+    with pytest.raises(ValueError, match="A dose of 2 was asked for, but the plan is not calibrated"):
+        ours(model, file, dose=2)
+    calibrated = es.calibrate(plan, model, tiny.PROMPTS, kl_budget=0.05)
+    file = (3 * calibrated).save(tmp_path / "calibrated.safetensors")
+    found = ours(model, str(file), dose=2).loglikelihood(choices(), disable_tqdm=True)
+    close(found, ours(model, 2 * calibrated).loglikelihood(choices(), disable_tqdm=True))
+    assert found != ours(model, file).loglikelihood(choices(), disable_tqdm=True)
+    assert ours(model, file).get_model_info()["plan_dose"] == pytest.approx(3)
 
 
 def test_a_request_cache_serves_one_plan(tmp_path):

@@ -52,7 +52,7 @@ class SteeredLM(_HFLM):
     Args:
         pretrained: a hub id or a folder, or a model of nnsight.
         plan: a `SteeringPlan` or its file; None does not steer.
-        dose: multiplies the plan's strength; a calibrated plan has the dose 1.
+        dose: of a calibrated plan, in units of what met its budget; None takes a plan as it is.
         remote: True, "http://..." or a `Remote`: run on NDIF, without the model's weights here.
         share_contexts: read a context once for all its continuations, where that saves time. Local models alone.
         device: where a model that is loaded here goes.
@@ -62,14 +62,15 @@ class SteeredLM(_HFLM):
         kwargs: further arguments of lm-eval's `HFLM`: batch_size, max_length, add_bos_token, prefix_token_id, ...
 
     Raises:
-        ValueError: the plan does not fit the model, or an argument of `hf` that would load a model another way.
+        ValueError: the plan does not fit the model, a dose for a plan that is not calibrated, or an argument of `hf` that would
+            load a model another way.
     """
 
     def __init__(
         self,
         pretrained: Any,
         plan: SteeringPlan | str | Path | None = None,
-        dose: float | int = 1.0,
+        dose: float | int | None = None,
         remote: bool | str | Remote = False,
         share_contexts: bool = True,
         device: str | None = None,
@@ -91,8 +92,8 @@ class SteeredLM(_HFLM):
         )
         self.plan = SteeringPlan.load(plan) if isinstance(plan, (str, Path)) else plan
         if self.plan is not None:
-            self.plan = float(dose) * self.plan
             self.plan.check(self.nn_model)
+            self.plan = self.plan if dose is None else _at_dose(self.plan, dose)
         kwargs.setdefault("tokenizer", tokenizer_of(self.nn_model))
         about = logging.getLogger("lm_eval.models.huggingface")
         level = about.level
@@ -243,7 +244,16 @@ class SteeredLM(_HFLM):
         }  # fmt: skip
 
 
-register_model("expertsteer")(SteeredLM)  # as a decorator it would hide the class's type
+if __name__ != "__main__":  # there `main` imports the module once more, under its own name
+    register_model("expertsteer")(SteeredLM)  # as a decorator it would hide the class's type
+
+
+def _at_dose(plan: SteeringPlan, dose: float | int) -> SteeringPlan:
+    if plan.dose is None:
+        raise ValueError(
+            f"A dose of {dose:g} was asked for, but the plan is not calibrated: calibrate it, or leave dose out."
+        )
+    return plan * (dose / plan.dose)
 
 
 def _loaded(
@@ -276,4 +286,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from expertsteer_nnsight.interop import lm_eval as registered
+
+    registered.main()
