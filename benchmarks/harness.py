@@ -9,7 +9,6 @@ turns), and their throughput as a ratio (above 1: ours is faster).
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import time
 from pathlib import Path
@@ -20,16 +19,17 @@ from nnsight.modeling.transformers import TransformersModel
 
 from expertsteer_nnsight.interop.lm_eval import SteeredLM
 from expertsteer_nnsight.packaged_models import model_path
+from recipes.four_domains import Tasks
 
 TASKS = ("local_arc_easy", "local_financial_phrasebank", "local_svamp")
 MODELS = ("SmolLM2-135M-Instruct", "gemma-3-270m")
 
 
-def evaluated(lm: Any, manager: Any, task: str, limit: int) -> tuple[float, list[float], dict[str, float]]:
+def evaluated(lm: Any, tasks: Tasks, task: str, limit: int) -> tuple[float, list[float], dict[str, float]]:
     """Seconds, log-likelihoods and accuracies."""
     from lm_eval import evaluator
 
-    (asked,) = manager.load([task])["tasks"].values()
+    asked = tasks(task)
     asked.set_fewshot_seed(seed=0)
     started = time.perf_counter()
     found: Any = evaluator.evaluate(lm, {"tasks": {task: asked}}, limit=limit, bootstrap_iters=0)
@@ -50,11 +50,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="texts a forward (default: %(default)s)")
     args = parser.parse_args()
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    folder = Path(__file__).parents[1] / "recipes" / "tasks"
-    manager = TaskManager(include_path=str(folder), include_defaults=False, metadata={"data": str(args.data)})
+    tasks = Tasks(args.data)
     print(f"{torch.get_num_threads()} threads, batches of {args.batch_size}")
     for name in MODELS:
         model = TransformersModel(str(model_path(name)), task="text-generation", dispatch=True, dtype=torch.float32)
@@ -64,7 +61,7 @@ def main() -> None:
             hf(model._module, tokenizer=model.tokenizer, batch_size=args.batch_size),
         )
         for task in TASKS:
-            runs = [[evaluated(lm, manager, task, args.limit) for lm in sides] for _ in range(args.repeats)]
+            runs = [[evaluated(lm, tasks, task, args.limit) for lm in sides] for _ in range(args.repeats)]
             (_, mine, ours), (_, known, theirs) = runs[0]
             gap = max(abs(a - b) for a, b in zip(mine, known, strict=True))
             times = [statistics.median(run[side][0] for run in runs) for side in (0, 1)]

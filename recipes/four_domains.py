@@ -26,6 +26,7 @@ import expertsteer_nnsight as es
 from expertsteer_nnsight.plotting import figure
 from expertsteer_nnsight.texts import texts_hash
 from recipes.domain_settings import SCALES, Domain, name_of
+from recipes.steer_on_ndif import load
 
 PAIRS = 200  # labelled pairs, at most
 READ = 800  # of the training questions that are no labelled text, as anchors, at most
@@ -263,19 +264,11 @@ def draw(rows: list[Line]) -> Any:
     return fig
 
 
-def load(name: str, weights: bool) -> Any:
-    """A model, without its weights if it runs elsewhere."""
-    from nnsight.modeling.transformers import TransformersModel
-
-    options: dict[str, Any] = {"dispatch": True} if weights else {}
-    return TransformersModel(name_of(name), task="text-generation", **options)
-
-
 def describe(domain: Domain, tasks: Tasks) -> str:
     """Names and shapes of a domain, resolved without weights."""
     said = [f"{domain.name}:"]
     for role, name in (("expert", domain.expert), ("target", domain.target)):
-        identity = es.Residual(load(name, weights=False))
+        identity = es.Residual(load(name_of(name), here=False))
         said.append(f"  {role} {name}: {identity.n_layers} layers, width {identity.hidden_size}")
     pairs, anchors = texts_of(tasks, domain.fit, 0)
     said.append(
@@ -337,10 +330,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(domain: Domain, tasks: Tasks, args: Any) -> None:
     """Fits, calibrates and evaluates one domain."""
-    target = load(domain.target, weights=not args.remote)
+    target = load(name_of(domain.target), here=not args.remote)
     measuring = Measuring(domain, target, tasks, args)
     measuring.unsteered()
-    models = load(domain.expert, weights=not args.remote_expert), target
+    models = load(name_of(domain.expert), here=not args.remote_expert), target
     arms = fitted(domain, models, tasks, args)
     neutral = es.example("sentiment_probe")["neutral_texts"][:8]
     every = [(name, i, plan) for name, plans in arms.items() for i, plan in enumerate(plans)]

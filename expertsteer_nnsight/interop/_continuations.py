@@ -6,7 +6,7 @@ where no real token sees it. Locally the continuations of one context share its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,7 @@ import nnsight
 import torch
 from torch import Tensor
 
+from ..scoring import _batches
 from ..steering import SteeringPlan
 
 if TYPE_CHECKING:
@@ -67,10 +68,14 @@ def _found(logits: Tensor, lengths: list[int], width: int, texts: list[Text]) ->
     return found
 
 
+def has_border(plan: SteeringPlan | None) -> bool:
+    """Whether a plan tells prompt and completion apart."""
+    return plan is not None and any(v.where != "all" or v.from_step for v in plan.vectors)
+
+
 def _steer(model: Any, plan: SteeringPlan | None, prompts: list[int]) -> None:
     if plan is not None:
-        border = any(v.where != "all" or v.from_step for v in plan.vectors)
-        plan.apply(model, prompt_lengths=prompts if border else None)
+        plan.apply(model, prompt_lengths=prompts if has_border(plan) else None)
 
 
 def _forward(
@@ -159,13 +164,13 @@ class Scorer:
             alone = list(range(len(texts)))
         alone.sort(key=lambda i: -len(texts[i].ids))  # the longest first: what does not fit fails at once
         if self.host is None:
-            for numbers in _cut(alone, batch):
+            for numbers in _batches(alone, batch):
                 self._report(
                     numbers, _forward(self.model, self.plan, [texts[i] for i in numbers], self._can_keep), done
                 )
             return
-        for numbers in _cut(alone, max(1, JOB // batch) * batch):
-            batches = [[texts[i] for i in some] for some in _cut(numbers, batch)]
+        for numbers in _batches(alone, max(1, JOB // batch) * batch):
+            batches = [[texts[i] for i in some] for some in _batches(numbers, batch)]
             with self.host.explained("Scoring continuations", "batch_size="):
                 found = _job(self.model, self.host.backend(self.model), self.plan, batches, self._can_keep)
             self._report(numbers, found, done)
@@ -173,7 +178,7 @@ class Scorer:
     @staticmethod
     def _report(numbers: list[int], found: list[Tensor], done: Callable[[int, Tensor], None]) -> None:
         for number, values in zip(numbers, found, strict=True):
-            done(number, values.cpu())
+            done(number, values)
 
     def _shared(self, texts: list[Text], numbers: list[int], rows: int, done: Callable[[int, Tensor], None]) -> bool:
         """Scores texts of one context together, if that pays and the model can; whether it did."""
@@ -201,8 +206,3 @@ class Scorer:
                     return False
             self._report(numbers[at : at + rows], found, done)
         return True
-
-
-def _cut(items: list[int], size: int) -> Iterator[list[int]]:
-    for at in range(0, len(items), size):
-        yield items[at : at + size]

@@ -31,7 +31,7 @@ except ImportError as error:
 from ..activations import host_of, tokenizer_of
 from ..identity import ModelIdentity
 from ..steering import SteeringPlan
-from ._continuations import Scorer, Text
+from ._continuations import Scorer, Text, has_border
 
 if TYPE_CHECKING:
     from ..remote import Remote
@@ -126,7 +126,7 @@ class SteeredLM(_HFLM):
         if not requests:
             return []
         # continuations that differ in their last token alone share a row, unless the plan tells their contexts apart
-        border = self.plan is not None and any(v.where != "all" or v.from_step for v in self.plan.vectors)
+        border = has_border(self.plan)
         rows: dict[Any, list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
             ids = tuple(context + continuation)
