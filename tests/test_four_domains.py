@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,3 +125,21 @@ def test_every_named_task_and_metric_is_there(command):
             assert metric in tasks(name)._metric_fn_list
         assert next(tasks.rows(domain.fit))["options"]
     assert sorted(SCALES) == ["paper", "small"]
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"), [([0.2, 0.5, 0.4], 0.5), ([0.6, 0.5, 0.4], 0.25), ([0.5, 0.3, 0.5], 0.25)]
+)
+def test_the_dose_is_what_does_best_on_validation_items_and_the_smaller_of_equals(found, chosen, tmp_path, monkeypatch):
+    doses = [0.25, 0.5, 1.0]
+    args = SimpleNamespace(out=tmp_path, seed=0, kl=1.0, limit=None, doses=doses)
+    measuring = four_domains.Measuring(Domain("d", "e", "t", "task", {"task": "acc"}, ""), None, None, args)
+    asked = []
+
+    def line(task, split, arm, draw, dose, plan):
+        asked.append((split, dose, plan))
+        return {"acc": [found[doses.index(dose)]]}
+
+    monkeypatch.setattr(measuring, "line", line)
+    measuring.arm("expert", 0, 8.0)
+    assert asked == [*(("validation", d, 8 * d) for d in doses), ("test", chosen, 8 * chosen)]
