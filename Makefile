@@ -12,8 +12,9 @@ NDIF_SERVER := $(NDIF)/server/bin/python
 demo: models
 	$(BIN)/python -m recipes.demo $(ARGS)
 
+# two processes of one thread each take little more than half the time of one with two; a module stays in one, for its fixtures
 test: lint models
-	$(BIN)/python -m pytest -m "not ndif" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not ndif" $(ARGS)
 
 # without the real models: about a minute
 fast: $(VENV)/.ready

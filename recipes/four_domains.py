@@ -111,19 +111,19 @@ class Measuring:
 
     Args:
         domain: the domain.
-        target: the steered model.
+        models: the expert and the steered model.
         tasks: where tasks come from.
         args: of the command line.
     """
 
-    def __init__(self, domain: Domain, target: Any, tasks: Tasks, args: Any) -> None:
-        self.domain, self.target, self.tasks, self.args = domain, target, tasks, args
+    def __init__(self, domain: Domain, models: tuple[Any, Any], tasks: Tasks, args: Any) -> None:
+        self.domain, self.models, self.tasks, self.args = domain, models, tasks, args
         self.path = args.out / "results.jsonl"
         self.lines = read_lines(self.path)
         names = (domain.expert, domain.target, domain.fit)
         self.place = {
             "domain": domain.name,
-            "settings": " ".join((*names, f"seed {args.seed} kl {args.kl} limit {args.limit}")),
+            "settings": " ".join((*names, f"seed {args.seed} kl {args.kl} limits {args.limit} {args.validation}")),
         }
 
     def line(
@@ -138,12 +138,18 @@ class Measuring:
 
         from expertsteer_nnsight.interop.lm_eval import SteeredLM
 
-        lm = SteeredLM(self.target, plan, remote=self.args.remote, batch_size=self.args.batch_size)
+        of_expert = arm == "expert_itself"
+        remote = self.args.remote_expert if of_expert else self.args.remote
+        lm = SteeredLM(self.models[0 if of_expert else 1], plan, remote=remote, batch_size=self.args.batch_size)
         asked = self.tasks(task, split)
         asked.set_fewshot_seed(seed=self.args.seed)
         # not simple_evaluate, which takes seconds each time to list the machine's packages
         found: Any = evaluator.evaluate(
-            lm, {"tasks": {task: asked}}, limit=self.args.limit, bootstrap_iters=0, system_instruction=instruction
+            lm,
+            {"tasks": {task: asked}},
+            limit=self.args.validation if split == "validation" else self.args.limit,
+            bootstrap_iters=0,
+            system_instruction=instruction,
         )
         samples = sorted(found["samples"][task], key=lambda s: s["doc_id"])
         metrics = [m for m in ("acc", "acc_norm", "acc_mutual_info") if m in samples[0]]
@@ -155,8 +161,9 @@ class Measuring:
         return made
 
     def unsteered(self) -> None:
-        """The model as it is, and with an instruction."""
+        """The two models as they are, and the target with an instruction."""
         for task in self.domain.tasks:
+            self.line(task, "test", "expert_itself", 0, 0.0, None)
             self.line(task, "test", "unsteered", 0, 0.0, None)
             self.line(task, "test", "prompted", 0, 0.0, None, self.domain.instruction)
 
@@ -293,7 +300,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/four_domains"), help="where to write (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=int, help="evaluate the first so many items (default: all)")
+    parser.add_argument("--limit", type=int, help="test on the first so many items (default: all)")
+    parser.add_argument(
+        "--validation", type=int, help="choose doses on the first so many validation items (default: all)"
+    )
     parser.add_argument(
         "--doses", type=float, nargs="*", default=[0.25, 1.0], help="in units of the KL budget's (default: 0.25 1)"
     )
@@ -331,9 +341,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(domain: Domain, tasks: Tasks, args: Any) -> None:
     """Fits, calibrates and evaluates one domain."""
     target = load(name_of(domain.target), here=not args.remote)
-    measuring = Measuring(domain, target, tasks, args)
-    measuring.unsteered()
     models = load(name_of(domain.expert), here=not args.remote_expert), target
+    measuring = Measuring(domain, models, tasks, args)
+    measuring.unsteered()
     arms = fitted(domain, models, tasks, args)
     neutral = es.example("sentiment_probe")["neutral_texts"][:8]
     every = [(name, i, plan) for name, plans in arms.items() for i, plan in enumerate(plans)]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
+from lm_eval import evaluator
 from question_sets import write_sets
 
 from recipes import four_domains
@@ -15,6 +16,7 @@ from recipes.domain_settings import SCALES, Domain
 from recipes.four_domains import compared, main, read_lines, summary, table
 
 ARMS = {
+    "expert_itself",
     "unsteered",
     "prompted",
     "expert",
@@ -40,19 +42,29 @@ def command(tmp_path_factory):
     return [
         "--data", str(data), "--domains", "medical", "--expert", str(out / "expert"), "--target", str(out / "target"), "--out",
         str(out / "run"), "--anchors", "40", "--untrained", "2", "--draws", "2", "--doses", "0.5", "1", "--kl", "0.1",
+        "--validation", "12",
     ]  # fmt: skip
 
 
 def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
     out = four_domains.Path(command[command.index("--out") + 1])
+    asked, evaluate = [], evaluator.evaluate
+
+    def spy(lm, tasks, **options):
+        asked.append((lm.model.config.model_type, options["system_instruction"]))
+        return evaluate(lm, tasks, **options)
+
+    monkeypatch.setattr(evaluator, "evaluate", spy)
     main(command)
+    assert asked[:2] == [("qwen2", None), ("llama", None)] and {model for model, _ in asked[2:]} == {"llama"}
+    assert asked[2][1] and not any(instruction for _, instruction in asked[3:])
     lines = read_lines(out / "results.jsonl")
     tests = [line for line in lines if line["split"] == "test"]
     assert {line["arm"] for line in tests} == ARMS
     assert {line["draw"] for line in tests if line["arm"] in ("untrained", "permuted", "random")} == {0, 1}
     # every arm had the same doses to choose from, and took the better one on the validation items
     for line in tests:
-        if line["arm"] not in ("unsteered", "prompted"):
+        if line["arm"] not in ("expert_itself", "unsteered", "prompted"):
             place = (line["arm"], line["draw"])
             tried = {
                 x["dose"]: np.mean(x["acc_norm"])
@@ -60,18 +72,16 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
                 if x["split"] == "validation" and (x["arm"], x["draw"]) == place
             }
             assert set(tried) == {0.5, 1.0} and tried[line["dose"]] == max(tried.values())
+    assert {line["n"] for line in lines if line["split"] == "validation"} == {12}
     (n,) = {line["n"] for line in tests}
-    assert all(len(line["acc_norm"]) == n for line in tests)
+    assert n > 12 and all(len(line["acc_norm"]) == n for line in tests)
     assert len(table(summary(lines, SCALES["small"])).splitlines()) == 2 + len(tests) + 2
     assert (out / "differences.png").stat().st_size > 10_000 and "McNemar" in (out / "table.md").read_text()
 
     # what is there is not measured again; a line that was cut off is
     text = (out / "results.jsonl").read_text().splitlines(keepends=True)
     (out / "results.jsonl").write_text("".join(text[:-1]) + text[-1][:20])
-    from lm_eval import evaluator
-
-    asked, evaluate = [], evaluator.evaluate
-    monkeypatch.setattr(evaluator, "evaluate", lambda *a, **k: asked.append(1) or evaluate(*a, **k))
+    asked.clear()
     main(command)
     again = read_lines(out / "results.jsonl")
     assert len(asked) == 1 and len(again) == len(lines) and again[-1] == lines[-1]
@@ -132,7 +142,7 @@ def test_every_named_task_and_metric_is_there(command):
 )
 def test_the_dose_is_what_does_best_on_validation_items_and_the_smaller_of_equals(found, chosen, tmp_path, monkeypatch):
     doses = [0.25, 0.5, 1.0]
-    args = SimpleNamespace(out=tmp_path, seed=0, kl=1.0, limit=None, doses=doses)
+    args = SimpleNamespace(out=tmp_path, seed=0, kl=1.0, limit=None, validation=None, doses=doses)
     measuring = four_domains.Measuring(Domain("d", "e", "t", "task", {"task": "acc"}, ""), None, None, args)
     asked = []
 
