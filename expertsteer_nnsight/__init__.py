@@ -39,7 +39,7 @@ _HOMES = {
     "Remote": "remote",
     "Residual": "residual",
     "SteeringPlan": "steering",
-    "SteeringVector": "steering",
+    "SteeringVector": "vectors",
 }
 if TYPE_CHECKING:
     from .activations import Activations as Activations
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     from .residual import Residual as Residual
     from .rfm import RecursiveFeatureMachine as RecursiveFeatureMachine
     from .steering import SteeringPlan as SteeringPlan
-    from .steering import SteeringVector as SteeringVector
+    from .vectors import SteeringVector as SteeringVector
 
 # A server does not have this package: what a remote block needs of it travels with the request, by value. It must be known
 # before nnsight writes a request, and nothing of ours runs between here and there.

@@ -32,8 +32,9 @@ from .layer_matching import LayerPair, match_layers
 from .layer_sweep import Validation, sweep
 from .plan_file import library_versions
 from .rfm import RecursiveFeatureMachine
-from .steering import SteeringPlan, SteeringVector
+from .steering import SteeringPlan
 from .texts import Position, texts_hash
+from .vectors import SteeringVector
 
 _NO_VALIDATION = 'select="sweep" needs fit(validation=Validation(effect, neutral)), of expertsteer_nnsight.layer_sweep.'
 

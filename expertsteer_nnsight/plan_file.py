@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +36,6 @@ def library_versions() -> dict[str, str]:
 
 def save_plan(plan: SteeringPlan, path: str | Path) -> Path:
     """Writes `plan`; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors, vectors = {}, []
     for i, v in enumerate(plan.vectors):
         tensors[f"{i}.direction"] = v.direction.contiguous()
@@ -51,8 +50,16 @@ def save_plan(plan: SteeringPlan, path: str | Path) -> Path:
         "vectors": vectors,
         "info": {"versions": library_versions(), **plan.info},
     }
+    about = {"format": FORMAT, "plan": json.dumps(header)}
+    return whole_file(path, lambda to: save_file(tensors, to, metadata=about))
+
+
+def whole_file(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """What `write` puts in a file; it appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    save_file(tensors, temporary, metadata={"format": FORMAT, "plan": json.dumps(header)})
+    write(temporary)
     os.replace(temporary, path)
     return path
 
@@ -64,7 +71,8 @@ def load_plan(path: str | Path) -> SteeringPlan:
         FileNotFoundError: no such file.
         ValueError: the file is no plan, or of a newer format.
     """
-    from .steering import SteeringPlan, SteeringVector
+    from .steering import SteeringPlan
+    from .vectors import SteeringVector
 
     if not Path(path).exists():
         raise FileNotFoundError(f"No plan at {path}.")

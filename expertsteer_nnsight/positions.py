@@ -42,6 +42,16 @@ def affixes(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (), ()
 
 
+def prefix_of(model: Any) -> tuple[int, ...]:
+    """The special tokens that a model's texts begin with: its tokenizer's, or what a TransformerBridge prepends by itself."""
+    module = getattr(model, "_module", model)
+    tokenizer = getattr(model, "tokenizer", None)
+    if not hasattr(module, "to_tokens") or tokenizer is None:
+        return prefix_ids(tokenizer)
+    ids, plain = module.to_tokens("a")[0].tolist(), list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    return tuple(ids[: len(ids) - len(plain)])
+
+
 def real_columns(mask: Any, rows: int, length: int) -> Tensor | None:
     """`[row, column]` long, 1 for a real token, from what a model was called with as its attention mask.
 
@@ -84,7 +94,7 @@ class Positions:
 
         Args:
             model: the traced model.
-            prefix: ids that the tokenizer prepends; found from `model.tokenizer` if not given.
+            prefix: ids that the tokenizer prepends; found (`prefix_of`) if not given.
 
         Raises:
             RuntimeError: outside a trace, or after the model has read its inputs in this step.
@@ -102,7 +112,7 @@ class Positions:
             tokens = kwargs.get("inputs_embeds")
         mask = kwargs.get("attention_mask")
         if isinstance(tokens, (str, list)):
-            tokens, mask = _bridge_tokens(model, tokens)
+            tokens, mask = _bridge_tokens(model, tokens, kwargs)
         if not isinstance(tokens, Tensor):
             raise RuntimeError(
                 f"The model was called without input_ids or text, so its positions are unknown: {list(kwargs)}."
@@ -114,14 +124,39 @@ class Positions:
         mask = real_columns(mask, rows, past + q)
         if mask is None:
             mask = torch.ones(rows, past + q, dtype=torch.long, device=tokens.device)
-        real = mask[:, -q:].bool()
-        index = (mask.long().cumsum(1) - 1)[:, -q:]
-        prefix = prefix_ids(getattr(model, "tokenizer", None)) if prefix is None else prefix
+        prefix = prefix_of(model) if prefix is None else prefix
+        chunked = run_option("prefill_chunk_size", what) is not None
+        return cls.of(ids, mask, q, prefix, step, past, chunked)
+
+    @classmethod
+    def of(
+        cls,
+        ids: Tensor | None,
+        mask: Tensor,
+        new: int,
+        prefix: tuple[int, ...] = (),
+        step: int = 0,
+        past: int = 0,
+        chunked: bool = False,
+    ) -> Positions:
+        """From the tokens and the mask of a forward.
+
+        Args:
+            ids: `[row, position]` tokens of this forward; None if unknown, and the prefix is then taken to be there.
+            mask: `[row, past + position]`, 1 for a real token.
+            new: how many positions this forward has, the last ones of the mask.
+            prefix: ids that the tokenizer prepends.
+            step: decode step, 0 for the prompt.
+            past: cached positions before this forward.
+            chunked: the prompt may come in several forwards.
+        """
+        real = mask[:, -new:].bool()
+        index = (mask.long().cumsum(1) - 1)[:, -new:]
         special = torch.zeros_like(real)
         for k, token in enumerate(prefix):
             at = real & (index == k)
             special |= at if ids is None else at & (ids == token)
-        return cls(real, special, index, step, past, run_option("prefill_chunk_size", what) is not None)
+        return cls(real, special, index, step, past, chunked)
 
     def without_row(self, row: int) -> Positions:
         """The same with one row that no mask chooses: it stays unsteered."""
@@ -161,13 +196,14 @@ class Positions:
         return chosen & (step >= from_step)
 
 
-def _bridge_tokens(model: Any, texts: Any) -> tuple[Tensor, Tensor]:
+def _bridge_tokens(model: Any, texts: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Tokens and mask of the strings that a TransformerBridge was called with (it pads on the tokenizer's side)."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     module = model._module
-    tokens = module.to_tokens(texts)
-    lengths = torch.tensor([module.to_tokens(t).shape[1] for t in texts], device=tokens.device)
+    bos, side = options.get("prepend_bos"), options.get("padding_side")
+    tokens = module.to_tokens(texts, prepend_bos=bos, padding_side=side)
+    lengths = torch.tensor([module.to_tokens(t, prepend_bos=bos).shape[1] for t in texts], device=tokens.device)
     columns = torch.arange(tokens.shape[1], device=tokens.device)
-    left = getattr(module.tokenizer, "padding_side", "right") == "left"
+    left = (side or getattr(module.tokenizer, "padding_side", "right")) == "left"
     real = columns >= tokens.shape[1] - lengths[:, None] if left else columns < lengths[:, None]
     return tokens, real.long()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .plan_file import library_versions
+from .plan_file import library_versions, whole_file
 from .steering import SteeringPlan
 
 NULLS = ("permuted", "random")
@@ -155,12 +154,7 @@ class Receipt:
 
     def save(self, path: str | Path) -> Path:
         """Writes JSON; the file appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1))
-        os.replace(temporary, path)
-        return path
+        return whole_file(path, lambda to: to.write_text(json.dumps(self.to_dict(), indent=1)))
 
     @classmethod
     def load(cls, path: str | Path) -> Receipt:

@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from .activations import host_of, tokenizer_of
 from .positions import Positions, affixes
 from .residual import Residual, config_of
-from .steering import SteeringPlan, SteeringVector
+from .steering import SteeringPlan
 from .texts import as_texts, encode
+from .vectors import SteeringVector
 
 if TYPE_CHECKING:
     from .remote import Remote

@@ -16,18 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnsight.modeling.transformers import TransformersModel
-
 import expertsteer_nnsight as es
 from expertsteer_nnsight.labelled import check_disjoint
 from expertsteer_nnsight.packaged_models import model_path
 from expertsteer_nnsight.plotting import figure, plot_doses, plot_layer_scores, plot_receipt
 from expertsteer_nnsight.rollouts import completions, rollouts
-
-
-def load(name: str) -> TransformersModel:
-    """A model by hub id or folder, in float32 for the packaged ones."""
-    return TransformersModel(name, task="text-generation", dispatch=True)
+from recipes.steer_on_ndif import load
 
 
 def _say(what: str) -> None:
@@ -80,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> es.Receipt:
     args = parser.parse_args(argv)
     started = time.time()
 
-    expert = load(args.expert or str(model_path("gemma-3-270m")))
-    target = load(args.target or str(model_path("SmolLM2-135M-Instruct")))
+    expert = load(args.expert or str(model_path("gemma-3-270m")), here=True)
+    target = load(args.target or str(model_path("SmolLM2-135M-Instruct")), here=True)
     pairs, probe = es.example("sentiment_pairs").split("train"), es.example("sentiment_probe")
     words = es.Words(probe["test_prompts"], probe["positive_words"], probe["negative_words"])
     neutral = probe["neutral_texts"][:8]

@@ -12,7 +12,8 @@ from tiny import ARCHITECTURES, PROMPTS, tiny
 
 from expertsteer_nnsight.calibration import calibrate, calibrate_many, neutral_tokens, total_strength, with_total
 from expertsteer_nnsight.scoring import costs, encoded, stack, word_scores
-from expertsteer_nnsight.steering import SteeringPlan, SteeringVector
+from expertsteer_nnsight.steering import SteeringPlan
+from expertsteer_nnsight.vectors import SteeringVector
 
 
 def plans(n=3, layers=(1, 2), norm=5.0):

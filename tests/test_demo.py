@@ -9,7 +9,8 @@ import pytest
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.packaged_models import model_path
-from recipes.demo import load, main
+from recipes.demo import main
+from recipes.steer_on_ndif import load
 
 ARMS = {
     "expert", "native", "untrained", "text_features", "permuted", "random", "paper",
@@ -58,7 +59,7 @@ def test_the_demo_writes_its_files_and_keeps_its_claims(demo):
 
 def test_a_plan_from_an_untrained_expert_is_told_to_contribute_nothing(demo):
     folder, _ = demo
-    expert, target = (load(str(model_path(name))) for name in ("gemma-3-270m", "SmolLM2-135M-Instruct"))
+    expert, target = (load(str(model_path(name)), here=True) for name in ("gemma-3-270m", "SmolLM2-135M-Instruct"))
     pairs, probe = es.example("sentiment_pairs").split("train"), es.example("sentiment_probe")
     anchors, cache = es.example("general")[:400], folder / "states" / "recommended"  # nothing is read again
     steer = es.ExpertSteer.recommended()

@@ -10,7 +10,8 @@ from tiny import PROMPTS, hooks, tiny
 from expertsteer_nnsight.effects import Choices, Effect, Judged, Words
 from expertsteer_nnsight.rollouts import completions, rollouts, variety
 from expertsteer_nnsight.scoring import Encoded
-from expertsteer_nnsight.steering import SteeringPlan, SteeringVector
+from expertsteer_nnsight.steering import SteeringPlan
+from expertsteer_nnsight.vectors import SteeringVector
 
 ITEMS = [
     ("hello world", " this is a test", " the lazy dog"),

@@ -12,7 +12,8 @@ from tiny import PROMPTS, build, hooks, tiny
 from expertsteer_nnsight.identity import ModelIdentity
 from expertsteer_nnsight.positions import Positions, prefix_ids
 from expertsteer_nnsight.residual import Residual
-from expertsteer_nnsight.steering import SteeringPlan, SteeringVector
+from expertsteer_nnsight.steering import SteeringPlan
+from expertsteer_nnsight.vectors import SteeringVector
 
 
 def direction(seed=0, rows=None):

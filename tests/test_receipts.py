@@ -16,7 +16,8 @@ from expertsteer_nnsight.effects import Choices, Judged, Words
 from expertsteer_nnsight.measuring import _shares, measure, receipt
 from expertsteer_nnsight.receipts import Receipt, interval
 from expertsteer_nnsight.scoring import costs
-from expertsteer_nnsight.steering import SteeringPlan, SteeringVector
+from expertsteer_nnsight.steering import SteeringPlan
+from expertsteer_nnsight.vectors import SteeringVector
 
 WORDS = Words(PROMPTS, ("the", "dog"), ("test", "fox"))
 QUICK = {"progress": False, "rollout": 4}

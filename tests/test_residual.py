@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import nnsight
 import pytest
 import torch
@@ -12,7 +10,8 @@ from torch import nn
 
 from expertsteer_nnsight.activations import collect
 from expertsteer_nnsight.residual import Residual, hidden, layers_path
-from expertsteer_nnsight.steering import SteeringPlan, SteeringVector
+from expertsteer_nnsight.steering import SteeringPlan
+from expertsteer_nnsight.vectors import SteeringVector
 
 PATHS = dict.fromkeys(ARCHITECTURES, "model.layers") | {
     "gpt2": "transformer.h",
@@ -154,14 +153,8 @@ def test_what_is_no_residual_stream():
 @pytest.fixture(scope="module")
 def bridge(tmp_path_factory):
     """A tiny Llama as a TransformersModel and as an nnsight-wrapped TransformerBridge of the same weights."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformer_lens' own
-        from transformer_lens.model_bridge import TransformerBridge
-
-        model, folder = build("llama", bos=True), tmp_path_factory.mktemp("llama")
-        model._module.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
-        lens = TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
+    model = build("llama", bos=True)
+    lens = tiny.bridge(model, tmp_path_factory.mktemp("llama"))
     return model, nnsight.NNsight(lens), lens
 
 

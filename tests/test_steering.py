@@ -8,7 +8,8 @@ import torch
 from tiny import ARCHITECTURES, PROMPTS, hooks, tiny
 
 from expertsteer_nnsight.residual import Residual
-from expertsteer_nnsight.steering import OPS, SteeringPlan, SteeringVector
+from expertsteer_nnsight.steering import SteeringPlan
+from expertsteer_nnsight.vectors import OPS, SteeringVector
 
 LAYERS = (1, 2)
 

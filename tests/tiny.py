@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -88,6 +89,17 @@ def build(arch: str = "llama", bos: bool = False, seed: int = 0, **overrides) ->
 @functools.cache
 def tiny(arch: str = "llama", bos: bool = False, seed: int = 0) -> TransformersModel:
     return build(arch, bos, seed)
+
+
+def bridge(model, folder):
+    """A TransformerBridge of the same weights and tokenizer; `folder` is where they are handed over."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformer_lens' own
+        from transformer_lens.model_bridge import TransformerBridge
+
+        model._module.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        return TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
 
 
 @contextmanager
