@@ -133,6 +133,11 @@ def model_path(name: str) -> Path:
     return folder
 
 
+def resolve(name: str) -> str:
+    """What nnsight loads: the folder of a packaged model, any other hub id or folder as it is."""
+    return str(model_path(name)) if name in MODELS else name
+
+
 def verify_converted(folder: Path) -> None:
     """Compares every file of a model with the hash taken when it was made.
 

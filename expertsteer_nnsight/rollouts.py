@@ -24,9 +24,10 @@ def rollouts(
     max_new_tokens: int = 24,
     *,
     batch_size: int = 32,
+    do_sample: bool = False,
     remote: bool | str | Remote = False,
 ) -> list[Encoded]:
-    """Greedy continuations, as token ids: `prompt` tells where each begins. An end token and what follows are cut.
+    """Continuations, as token ids: `prompt` tells where each begins. An end token and what follows are cut.
 
     Args:
         model: the target.
@@ -34,6 +35,7 @@ def rollouts(
         plan: steers the generation, on every step; None for none.
         max_new_tokens: 0 gives the prompts back.
         batch_size: prompts a forward.
+        do_sample: draw tokens, as the model's generation settings say, instead of taking the most likely.
         remote: True, "http://...", or a `Remote`: run on NDIF.
     """
     texts = [text._replace(prompt=len(text.ids)) for text in encoded(model, prompts)]
@@ -51,7 +53,7 @@ def rollouts(
         gaps = [width - len(text.ids) for text in batch]
         ids = torch.tensor([[pad] * gap + text.ids for gap, text in zip(gaps, batch, strict=True)])
         mask = torch.tensor([[0] * gap + [1] * len(text.ids) for gap, text in zip(gaps, batch, strict=True)])
-        call = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+        call = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "pad_token_id": pad}
         with host.explained("Continuing prompts", "batch_size=") if host else nullcontext():
             made = _generate(steered, {"input_ids": ids, "attention_mask": mask}, call, host and host.backend(model))
         for text, row in zip(batch, made[:, width:].tolist(), strict=True):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from expertsteer_nnsight.packaged_models import MODELS, model_path
-
 
 @dataclass(frozen=True)
 class Domain:
@@ -76,8 +74,3 @@ PAPER = (
     ),
 )  # fmt: skip
 SCALES = {"small": SMALL, "paper": PAPER}
-
-
-def name_of(model: str) -> str:
-    """What nnsight loads: the folder of a packaged model, any other hub id or folder as it is."""
-    return str(model_path(model)) if model in MODELS else model

@@ -23,9 +23,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
+from expertsteer_nnsight.packaged_models import resolve
 from expertsteer_nnsight.plotting import figure
 from expertsteer_nnsight.texts import texts_hash
-from recipes.domain_settings import SCALES, Domain, name_of
+from recipes.domain_settings import SCALES, Domain
 from recipes.steer_on_ndif import load
 
 PAIRS = 200  # labelled pairs, at most
@@ -275,7 +276,7 @@ def describe(domain: Domain, tasks: Tasks) -> str:
     """Names and shapes of a domain, resolved without weights."""
     said = [f"{domain.name}:"]
     for role, name in (("expert", domain.expert), ("target", domain.target)):
-        identity = es.Residual(load(name_of(name), here=False))
+        identity = es.Residual(load(resolve(name), here=False))
         said.append(f"  {role} {name}: {identity.n_layers} layers, width {identity.hidden_size}")
     pairs, anchors = texts_of(tasks, domain.fit, 0)
     said.append(
@@ -340,8 +341,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(domain: Domain, tasks: Tasks, args: Any) -> None:
     """Fits, calibrates and evaluates one domain."""
-    target = load(name_of(domain.target), here=not args.remote)
-    models = load(name_of(domain.expert), here=not args.remote_expert), target
+    target = load(resolve(domain.target), here=not args.remote)
+    models = load(resolve(domain.expert), here=not args.remote_expert), target
     measuring = Measuring(domain, models, tasks, args)
     measuring.unsteered()
     arms = fitted(domain, models, tasks, args)

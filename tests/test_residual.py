@@ -6,6 +6,7 @@ import nnsight
 import pytest
 import torch
 from tiny import ARCHITECTURES, PROMPTS, build, hooks, tiny
+from tiny import bridge as bridge_of
 from torch import nn
 
 from expertsteer_nnsight.activations import collect
@@ -154,7 +155,7 @@ def test_what_is_no_residual_stream():
 def bridge(tmp_path_factory):
     """A tiny Llama as a TransformersModel and as an nnsight-wrapped TransformerBridge of the same weights."""
     model = build("llama", bos=True)
-    lens = tiny.bridge(model, tmp_path_factory.mktemp("llama"))
+    lens = bridge_of(model, tmp_path_factory.mktemp("llama"))
     return model, nnsight.NNsight(lens), lens
 
 

@@ -91,7 +91,7 @@ class _Followed:
         pad = getattr(self.tokenizer, "pad_token_id", None)
         if pad is None or len(tokens) == 1:
             return torch.ones_like(tokens)
-        from transformer_lens.utilities import get_attention_mask
+        from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
         side = "right" if bool((tokens[:, -1] == pad).any()) else "left"
         return get_attention_mask(self.tokenizer, tokens, bool(self.prefix), side).to(tokens.device).long()

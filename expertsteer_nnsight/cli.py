@@ -1,0 +1,284 @@
+"""The command line: fit, generate, receipt, info, export, on files and model ids, here or on NDIF."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import expertsteer_nnsight as es
+from expertsteer_nnsight.texts import as_texts, texts_hash
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Steer one language model with vectors made from another. A model is a hub id, a folder, or the name of a packaged "
+    "model (gemma-3-270m, SmolLM2-135M-Instruct). --remote takes the address of an NDIF host, or `ndif` for the one that "
+    "nnsight is configured with.",
+)
+
+
+class Preset(StrEnum):
+    """Settings of `fit`."""
+
+    recommended = "recommended"
+    in_domain = "in_domain"
+    paper = "paper"
+
+
+class Format(StrEnum):
+    """Formats of `export`."""
+
+    gguf = "gguf"
+    lm_eval = "lm-eval"
+    safetensors = "safetensors"
+    hub = "hub"
+
+
+Pairs = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON lines with `positive` and `negative` [default: the package's sentiment pairs]", show_default=False
+    ),
+]
+Anchors = Annotated[
+    Path | None,
+    typer.Option(
+        help="texts that both models read, one a line, or JSON lines with `text` [default: the package's general texts]",
+        show_default=False,
+    ),
+]
+Neutral = Annotated[
+    Path | None,
+    typer.Option(help="texts that the strength is calibrated on [default: eight of the package's]", show_default=False),
+]
+Cache = Annotated[
+    Path | None, typer.Option(help="folder for the models' states, so that nothing is read twice", show_default=False)
+]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan's file")]
+Of = Annotated[
+    str | None, typer.Option("--model", help="in place of the plan's target", show_default=False)
+]  # a name that fits any id
+RemoteExpert = Annotated[str | None, typer.Option(help="read the expert on NDIF", show_default=False)]
+RemoteTarget = Annotated[str | None, typer.Option(help="run the target on NDIF", show_default=False)]
+Budget = Annotated[
+    float, typer.Option(help="KL budget of dose 1, in nats: 95th percentile over neutral tokens; 0: do not calibrate")
+]
+
+
+@app.command()
+def fit(
+    expert: Annotated[str, typer.Argument(help="the model that the direction comes from")],
+    target: Annotated[str, typer.Argument(help="the model to steer")],
+    out: Annotated[Path, typer.Option(help="where to write the plan")] = Path("plan.safetensors"),
+    pairs: Pairs = None,
+    anchors: Anchors = None,
+    neutral: Neutral = None,
+    preset: Annotated[Preset, typer.Option(help="settings")] = Preset.recommended,
+    kl: Budget = 1.0,
+    cache: Cache = None,
+    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
+    remote_expert: RemoteExpert = None,
+    remote_target: RemoteTarget = None,
+) -> None:
+    """Make a plan from contrast pairs, and calibrate its strength."""
+    models = _model(expert, remote_expert), _model(target, remote_target)
+    steer = getattr(es.ExpertSteer, preset)(random_state=seed)
+    plan = steer.fit(*models, *_texts(pairs, anchors), cache=cache, **_where(remote_expert, remote_target))
+    if kl:
+        plan = es.calibrate(plan, models[1], _neutral(neutral), kl, remote=_host(remote_target), progress=True)
+    plan.save(out)
+    typer.echo(f"{plan}\nWrote {out}.")
+
+
+@app.command()
+def generate(
+    plan: PlanFile,
+    prompts: Annotated[list[str], typer.Argument(help="prompts to continue")],
+    model: Of = None,
+    dose: Annotated[
+        float | None,
+        typer.Option(help="in units of the calibrated strength; negative: away [default: as the plan is]"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 40,
+    sample: Annotated[bool, typer.Option("--sample", help="draw tokens instead of taking the most likely")] = False,
+    seed: Annotated[int, typer.Option(help="of --sample")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="each prompt is a user's message, in the chat template")] = False,
+    unsteered: Annotated[bool, typer.Option("--unsteered", help="print what the model says unsteered, too")] = False,
+    remote: RemoteTarget = None,
+) -> None:
+    """Continue prompts with the steered model."""
+    import torch
+
+    from .rollouts import completions, rollouts
+
+    steering = _loaded(plan, dose)
+    wrapped = _model(_target(steering, model), remote)
+    steering = steering if model is None else es.SteeringPlan(steering.vectors)
+    texts: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
+    for name, arm in {**({"unsteered": None} if unsteered else {}), "steered": steering}.items():
+        torch.manual_seed(seed)
+        made = rollouts(wrapped, texts, arm, tokens, do_sample=sample, remote=_host(remote))
+        for prompt, said in zip(prompts, completions(wrapped, made), strict=True):
+            told = f"{name}:\n" if unsteered else ""
+            typer.echo(f"{told}{prompt}{chr(10) if chat else ''}{said}\n")
+
+
+@app.command()
+def receipt(
+    plan: PlanFile,
+    effect: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON: `prompts`, `positive_words`, `negative_words`; or `items`, each a prompt, a text and the other text "
+            "[default: the package's sentiment words]",
+            show_default=False,
+        ),
+    ] = None,
+    pairs: Pairs = None,
+    anchors: Anchors = None,
+    neutral: Neutral = None,
+    expert: Annotated[str | None, typer.Option(help="in place of the plan's expert", show_default=False)] = None,
+    model: Of = None,
+    preset: Annotated[Preset, typer.Option(help="as the plan was fitted")] = Preset.recommended,
+    seed: Annotated[int, typer.Option(help="as the plan was fitted")] = 0,
+    untrained: Annotated[int, typer.Option(help="untrained experts")] = 3,
+    draws: Annotated[int, typer.Option(help="draws of shuffled anchors and of random directions")] = 20,
+    cache: Cache = None,
+    out: Annotated[Path | None, typer.Option(help="where the plan with its receipt goes [default: PLAN]")] = None,
+    remote_expert: RemoteExpert = None,
+    remote_target: RemoteTarget = None,
+) -> None:
+    """Measure a plan's effect, cost and controls at equal KL; the plan is fitted again for its controls."""
+    tested = _loaded(plan)
+    named = expert or (tested.info.get("expert") or {}).get("id")
+    if not named:
+        raise ValueError(f"{plan} does not say which expert it came from: name it with --expert.")
+    models = _model(named, remote_expert), _model(_target(tested, model), remote_target)
+    labelled, texts = _texts(pairs, anchors)
+    hashes = {"labelled_hash": texts_hash(labelled.texts), "anchors_hash": texts_hash(texts)}
+    known = tested.info.get("data", {})
+    if any(known.get(k, v) != v for k, v in hashes.items()):
+        raise ValueError(
+            f"{plan} was fitted on other texts than these: give the --pairs and --anchors that it was made of."
+        )
+    steer, where = getattr(es.ExpertSteer, preset)(random_state=seed), _where(remote_expert, remote_target)
+    again = steer.fit(*models, labelled, texts, cache=cache, **where)
+    if again.info["settings"] != tested.info.get("settings"):
+        raise ValueError(f"{plan} was fitted with other settings: give the --preset and --seed that it was made with.")
+    controls = steer.controls(*models, labelled, texts, untrained=untrained, draws=draws, cache=cache, **where)
+    found = es.receipt(
+        tested, models[1], _effect(effect), _neutral(neutral), controls, draws=draws, remote=_host(remote_target)
+    )
+    found.plan.save(out or plan)
+    typer.echo(f"{found}\nWrote {out or plan}.")
+
+
+@app.command()
+def info(plan: PlanFile, as_json: Annotated[bool, typer.Option("--json", help="the whole header")] = False) -> None:
+    """Print what a plan is, where it came from and what was measured."""
+    shown = _loaded(plan)
+    if as_json:
+        vectors = [
+            {"layer": v.layer, "op": v.op, "where": v.where, "residual_norm": v.residual_norm} for v in shown.vectors
+        ]
+        target = shown.target.to_dict() if shown.target else None
+        typer.echo(json.dumps({"target": target, "vectors": vectors, "info": shown.info}, indent=1, default=str))
+        return
+    typer.echo(str(shown))
+    if "receipt" in shown.info:
+        typer.echo(f"\n{es.Receipt.from_dict(shown.info['receipt'])}")
+
+
+@app.command()
+def export(
+    plan: PlanFile,
+    to: Annotated[Format, typer.Option(help="format")],
+    out: Annotated[str, typer.Option(help="a file, or the repository (owner/name) with --to hub")],
+    dose: Annotated[float | None, typer.Option(help="in units of the calibrated strength", show_default=False)] = None,
+    model: Of = None,
+) -> None:
+    """Write a plan for another tool: llama.cpp and repeng (gguf), lm-eval's steered model, plain vectors, or the hub."""
+    from .interop.formats import EXPORTS
+
+    taken = _loaded(plan, dose)
+    if to == Format.hub:
+        typer.echo(f"Wrote {taken.push_to_hub(out)}")
+        return
+    wrapped = _model(_target(taken, model), "names") if to == Format.lm_eval else None
+    typer.echo(f"Wrote {EXPORTS[to](taken, out, wrapped)}.")
+
+
+def main() -> None:
+    """Runs the command line; what goes wrong is one sentence."""
+    try:
+        app()
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        typer.echo(f"expertsteer: {error}", err=True)
+        sys.exit(1)
+
+
+# -- what the commands share -----------------------------------------------------------------------------------------
+
+
+def _loaded(path: Path, dose: float | None = None) -> es.SteeringPlan:
+    plan = es.SteeringPlan.load(path)
+    if dose is None:
+        return plan
+    if plan.dose is None:
+        raise ValueError(f"--dose scales a calibrated plan, and {path} is not: fit it with --kl, or leave --dose out.")
+    return plan * (dose / plan.dose)
+
+
+def _model(name: str, remote: str | None) -> Any:
+    from nnsight.modeling.transformers import TransformersModel
+
+    from .packaged_models import resolve
+
+    return TransformersModel(resolve(name), task="text-generation", dispatch=remote is None)
+
+
+def _target(plan: es.SteeringPlan, model: str | None) -> str:
+    named = model or (plan.target.id if plan.target else None)
+    if not named:
+        raise ValueError("The plan does not say which model it is for: name it with --model.")
+    return named
+
+
+def _host(remote: str | None) -> Any:
+    return False if remote is None else True if remote == "ndif" else remote
+
+
+def _where(remote_expert: str | None, remote_target: str | None) -> dict[str, Any]:
+    return {"remote_expert": _host(remote_expert), "remote_target": _host(remote_target)}
+
+
+def _texts(pairs: Path | None, anchors: Path | None) -> tuple[es.ContrastPairs, list[Any]]:
+    labelled = es.example("sentiment_pairs").split("train") if pairs is None else es.ContrastPairs.from_jsonl(pairs)
+    return labelled, list(es.example("general")) if anchors is None else as_texts(anchors)
+
+
+def _neutral(path: Path | None) -> list[Any]:
+    return list(es.example("sentiment_probe")["neutral_texts"][:8]) if path is None else as_texts(path)
+
+
+def _effect(path: Path | None) -> Any:
+    found = es.example("sentiment_probe") if path is None else json.loads(path.read_text(encoding="utf-8"))
+    if "items" in found:
+        return es.Choices([tuple(item) for item in found["items"]])
+    prompts = found.get("prompts", found.get("test_prompts"))
+    if prompts is None or not {"positive_words", "negative_words"} <= set(found):
+        raise ValueError(
+            f"An effect's file needs prompts, positive_words and negative_words, or items, but {path} has {sorted(found)}."
+        )
+    return es.Words(prompts, found["positive_words"], found["negative_words"])
+
+
+if __name__ == "__main__":
+    main()
