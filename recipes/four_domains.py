@@ -124,7 +124,9 @@ class Measuring:
         names = (domain.expert, domain.target, domain.fit)
         self.place = {
             "domain": domain.name,
-            "settings": " ".join((*names, f"seed {args.seed} kl {args.kl} limits {args.limit} {args.validation}")),
+            "settings": " ".join(
+                (*names, f"seed {args.seed} kl {args.kl} limits {args.limit} {args.validation} anchors {args.anchors}")
+            ),
         }
 
     def line(
@@ -162,11 +164,15 @@ class Measuring:
         return made
 
     def unsteered(self) -> None:
-        """The two models as they are, and the target with an instruction."""
+        """The model as it is, and with an instruction."""
         for task in self.domain.tasks:
-            self.line(task, "test", "expert_itself", 0, 0.0, None)
             self.line(task, "test", "unsteered", 0, 0.0, None)
             self.line(task, "test", "prompted", 0, 0.0, None, self.domain.instruction)
+
+    def expert_itself(self) -> None:
+        """What there is to transfer: the expert's own answers."""
+        for task in self.domain.tasks:
+            self.line(task, "test", "expert_itself", 0, 0.0, None)
 
     def arm(self, name: str, draw: int, plan: es.SteeringPlan) -> None:
         """One plan: the dose that does best on validation items, then the test items at it."""
@@ -351,6 +357,7 @@ def run(domain: Domain, tasks: Tasks, args: Any) -> None:
     doses = es.calibrate([plan for _, _, plan in every], target, neutral, args.kl, remote=args.remote)
     for (name, i, _), plan in tqdm(list(zip(every, doses, strict=True)), desc=domain.name, unit="plan"):
         measuring.arm(name, i, plan)
+    measuring.expert_itself()
 
 
 if __name__ == "__main__":

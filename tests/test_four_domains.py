@@ -56,8 +56,8 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
 
     monkeypatch.setattr(evaluator, "evaluate", spy)
     main(command)
-    assert asked[:2] == [("qwen2", None), ("llama", None)] and {model for model, _ in asked[2:]} == {"llama"}
-    assert asked[2][1] and not any(instruction for _, instruction in asked[3:])
+    assert asked[-1] == ("qwen2", None) and {model for model, _ in asked[:-1]} == {"llama"}
+    assert not asked[0][1] and asked[1][1] and not any(instruction for _, instruction in asked[2:])
     lines = read_lines(out / "results.jsonl")
     tests = [line for line in lines if line["split"] == "test"]
     assert {line["arm"] for line in tests} == ARMS
@@ -142,7 +142,7 @@ def test_every_named_task_and_metric_is_there(command):
 )
 def test_the_dose_is_what_does_best_on_validation_items_and_the_smaller_of_equals(found, chosen, tmp_path, monkeypatch):
     doses = [0.25, 0.5, 1.0]
-    args = SimpleNamespace(out=tmp_path, seed=0, kl=1.0, limit=None, validation=None, doses=doses)
+    args = SimpleNamespace(out=tmp_path, seed=0, kl=1.0, limit=None, validation=None, anchors=None, doses=doses)
     measuring = four_domains.Measuring(Domain("d", "e", "t", "task", {"task": "acc"}, ""), None, None, args)
     asked = []
 
