@@ -169,9 +169,9 @@ def receipt(
             f"{plan} was fitted on other texts than these: give the --pairs and --anchors that it was made of."
         )
     steer, where = getattr(es.ExpertSteer, preset)(random_state=seed), _where(remote_expert, remote_target)
-    again = steer.fit(*models, labelled, texts, cache=cache, **where)
-    if again.info["settings"] != tested.info.get("settings"):
+    if steer.settings != tested.info.get("settings"):
         raise ValueError(f"{plan} was fitted with other settings: give the --preset and --seed that it was made with.")
+    steer.fit(*models, labelled, texts, cache=cache, **where)
     controls = steer.controls(*models, labelled, texts, untrained=untrained, draws=draws, cache=cache, **where)
     found = es.receipt(
         tested, models[1], _effect(effect), _neutral(neutral), controls, draws=draws, remote=_host(remote_target)
@@ -239,9 +239,15 @@ def _loaded(path: Path, dose: float | None = None) -> es.SteeringPlan:
 def _model(name: str, remote: str | None) -> Any:
     from nnsight.modeling.transformers import TransformersModel
 
-    from .packaged_models import resolve
+    from .packaged_models import MODELS, resolve
 
-    return TransformersModel(resolve(name), task="text-generation", dispatch=remote is None)
+    try:
+        return TransformersModel(resolve(name), task="text-generation", dispatch=remote is None)
+    except OSError as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name!r} is no folder and no packaged model ({', '.join(MODELS)}), and the hub did not give it: {said}"
+        ) from None
 
 
 def _target(plan: es.SteeringPlan, model: str | None) -> str:

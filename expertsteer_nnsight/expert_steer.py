@@ -153,6 +153,11 @@ class ExpertSteer(BaseEstimator):
         }
         return cls(**{**preset, **changes})
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The parameters as plain values, as a plan keeps them."""
+        return {k: _plain(v) for k, v in self.get_params(deep=False).items()}
+
     # -- fitting -----------------------------------------------------------------------------------------------------
 
     def fit(
@@ -371,7 +376,7 @@ class ExpertSteer(BaseEstimator):
         expert = getattr(labelled, "model", getattr(expert_anchors, "model", None))
         info = {
             "expert": expert.to_dict() if isinstance(expert, ModelIdentity) else None,
-            "settings": {k: _plain(v) for k, v in self.get_params(deep=False).items()},
+            "settings": self.settings,
             "pairs": steps,
             "versions": library_versions(),
         }

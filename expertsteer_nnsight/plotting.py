@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 
 def figure(width: float | int, height: float | int, columns: int = 1) -> tuple[Any, Any]:
     """A figure and its axes, outside of pyplot's registry.
@@ -93,3 +95,137 @@ def plot_layer_scores(scores: Any, pairs: Any = None, ax: Any = None) -> Any:
         y = [scores.expert_layers.index(pair.expert) for pair in pairs]
         ax.scatter(x, y, s=60, facecolors="none", edgecolors="red", linewidths=1.5)
     return fig
+
+
+def plot_spectrum(machine: Any, most: int = 20, ax: Any = None) -> Any:
+    """Eigenvalues of a fitted `RecursiveFeatureMachine`'s AGOP as shares of their sum, with the cumulative share.
+
+    One tall bar means that the labels hang on one direction; a slow rise, that they need a subspace.
+
+    Args:
+        machine: the fitted machine.
+        most: how many eigenvalues, at most.
+        ax: matplotlib axes to draw on; `None` makes a figure.
+
+    Raises:
+        ValueError: fewer than one eigenvalue is asked for.
+        NotFittedError: the machine is not fitted.
+    """
+    from sklearn.utils.validation import check_is_fitted
+
+    check_is_fitted(machine, "spectrum_shares_")
+    if most < 1:
+        raise ValueError(f"most is {most}: at least one eigenvalue must be drawn.")
+    fig, ax = (ax.figure, ax) if ax is not None else figure(6, 4)
+    every = _numbers(machine.spectrum_shares_)
+    shares = every[:most]
+    number = np.arange(1, len(shares) + 1)
+    ax.bar(number, shares, width=0.7, color="C0", label="share")
+    ax.plot(number, shares.cumsum(), "o-", ms=3, lw=1, color="C1", label="cumulative share")
+    ax.set_xlim(0.4, len(shares) + 0.6)
+    ax.set_ylim(0, 1.03)
+    ax.set_xticks(number[:: -(-len(number) // 10)])
+    ax.set_xlabel(f"eigenvector of the AGOP, {len(shares)} of {len(every)}")
+    ax.set_ylabel("share of the sum of eigenvalues")
+    ax.legend(fontsize=8, loc="center right", frameon=False)
+    return fig
+
+
+def plot_tokens(values: Any, tokens: Any, mask: Any = None, label: str = "", ax: Any = None) -> Any:
+    """A value for each token, such as KL(steered || unsteered): where in the text an effect appears.
+
+    One prompt is drawn as bars above its tokens, several as a heat map with a row each and the tokens in the cells. A missing
+    value (NaN) and what lies beyond the end of a shorter prompt stay empty.
+
+    Args:
+        values: `[token]` of one prompt, or `[prompt, token]`: a tensor, or a list for each prompt, of unequal lengths if need be.
+        tokens: texts of the tokens, in the same shape.
+        mask: true at real tokens, in the shape of `values`; padding, on whichever side, is left out. `tokens` may then have
+            entries for the padding too, or none.
+        label: what the values are, with their unit.
+        ax: matplotlib axes to draw on; `None` makes a figure.
+
+    Raises:
+        ValueError: no tokens, or not one for each value.
+    """
+    one = len(tokens) > 0 and isinstance(tokens[0], str)
+    rows, names = _token_rows([values] if one else values, [tokens] if one else tokens, [mask] if one else mask)
+    width = max(map(len, rows))
+    if one:
+        fig, ax = (ax.figure, ax) if ax is not None else figure(min(24, max(5, 0.32 * width + 1)), 3.4)
+        ax.bar(range(width), np.nan_to_num(rows[0]), width=0.8, color="C0")
+        ax.axhline(0, color="0.6", lw=0.8)
+        ax.set_xticks(range(width), labels=names[0], rotation=90, fontsize=8)
+        for text in ax.get_xticklabels():
+            text.set_parse_math(False)  # a token may be a dollar sign
+        ax.set_xlim(-0.6, width - 0.4)
+        ax.set_ylabel(label)
+        return fig
+    grid = np.full((len(rows), width), np.nan)
+    for i, row in enumerate(rows):
+        grid[i, : len(row)] = row
+    known = grid[np.isfinite(grid)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    signed = low < 0
+    reach = max(-low, high)
+    if ax is None:
+        longest = max(len(name) for row in names for name in row)
+        fig, ax = figure(min(30, max(5, (0.13 * min(longest, 10) + 0.1) * width + 1.4)), 0.36 * len(rows) + 1.2)
+    else:
+        fig = ax.figure
+    image = ax.imshow(
+        np.ma.masked_invalid(grid),
+        aspect="auto",
+        cmap="RdBu_r" if signed else "Blues",
+        vmin=-reach if signed else 0.0,
+        vmax=reach or 1.0,
+    )
+    fig.colorbar(image, ax=ax, label=label, fraction=0.05, pad=0.02)
+    for i, row in enumerate(names):
+        for j, name in enumerate(row):
+            size = abs(grid[i, j]) / (reach or 1.0) if np.isfinite(grid[i, j]) else 0.0
+            color = "white" if size > 0.6 else "black"
+            ax.text(j, i, name, ha="center", va="center", fontsize=7, color=color, clip_on=True, parse_math=False)
+    ax.set_xticks(range(0, width, -(-width // 12)))
+    ax.set_yticks(range(len(rows)), labels=[str(i + 1) for i in range(len(rows))])
+    ax.set_xlabel("token")
+    ax.set_ylabel("prompt")
+    return fig
+
+
+def _token_rows(values: Any, tokens: Any, mask: Any) -> tuple[list[np.ndarray], list[list[str]]]:
+    """Values and tokens of each prompt, without padding."""
+    if not len(tokens) or len(values) != len(tokens):
+        raise ValueError(
+            f"There are values of {len(values)} prompts and tokens of {len(tokens)}: give one row for each."
+        )
+    rows, names = [], []
+    for i, (value, text) in enumerate(zip(values, tokens, strict=True)):
+        row, name = _numbers(value), [_shown(t) for t in text]
+        if mask is not None and mask[i] is not None:
+            real = _numbers(mask[i]).astype(bool)
+            if len(real) != len(row):
+                raise ValueError(f"Prompt {i} has {len(row)} values, but {len(real)} entries in the mask.")
+            if len(name) == len(row):
+                name = [t for t, keep in zip(name, real, strict=True) if keep]
+            row = row[real]
+        if not len(row) or len(row) != len(name):
+            raise ValueError(
+                f"Prompt {i} has {len(row)} values and {len(name)} tokens: give one value for each token, or a mask that "
+                f"tells the padding."
+            )
+        rows.append(row)
+        names.append(name)
+    return rows, names
+
+
+def _numbers(x: Any) -> np.ndarray:
+    x = x.detach().cpu().double() if hasattr(x, "detach") else x
+    return np.asarray(x, dtype=np.float64)
+
+
+def _shown(token: str) -> str:
+    """A token as a label: spaces, which vocabularies mark in ways of their own, as dots."""
+    for space in (" ", "Ġ", "▁"):
+        token = token.replace(space, "·")
+    return token.replace("\n", "\\n").replace("Ċ", "\\n")
