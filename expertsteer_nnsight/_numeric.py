@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import issparse
 from torch import Tensor
 
 
@@ -22,6 +21,8 @@ def as_matrix(x: Any, name: str = "X", flat: bool = False) -> Tensor:
         TypeError: `x` is sparse, or holds objects that are no numbers.
         ValueError: `x` is complex, not two-dimensional, empty, or holds NaN or infinity.
     """
+    from scipy.sparse import issparse  # not at the top: plans and vectors need no scipy
+
     if issparse(x) or (isinstance(x, Tensor) and x.layout != torch.strided):
         raise TypeError(f"{name} is sparse: hidden states are dense; pass its toarray() or to_dense().")
     array = x if isinstance(x, Tensor) else np.asarray(x)

@@ -90,7 +90,11 @@ class Activations(Mapping):
         return id(self)
 
     def norm(self, layer: int) -> float:
-        """Median norm of the residual stream of `layer`, over texts, of each text's median over its own tokens."""
+        """Median norm of the residual stream of `layer`, in its own units: over texts, of each text's median over its own tokens.
+
+        Raises:
+            KeyError: the layer was not collected.
+        """
         return float(self._read(f"norm.{self._known(layer)}").median())
 
     def take(self, rows: Any, layers: Iterable[int] | None = None) -> Activations:
@@ -99,6 +103,9 @@ class Activations(Mapping):
         Args:
             rows: a slice, or indices.
             layers: of those that were collected; all of them if None.
+
+        Raises:
+            KeyError: a layer that was not collected.
         """
         chosen = tuple(sorted({self._known(i) for i in (self.layers if layers is None else layers)}))
         memory = {f"{kind}.{i}": self._read(f"{kind}.{i}")[rows] for i in chosen for kind in ("layer", "norm")}
@@ -177,6 +184,9 @@ def collect(
         remote: True, "http://...", or a `Remote`: run on NDIF. Without `cache` what came back is kept in the user's cache
             folder until the call succeeds, so that a call that failed goes on where it stopped when it is made again.
         progress: show a progress bar; of a remote model, with the job's state.
+
+    Returns:
+        By layer, `[text, hidden]` (with `ends`, more rows than texts: `Activations.text_of`).
 
     Raises:
         ValueError: no texts or layers, a position or an end that some text does not have, or a cache that was made with

@@ -65,7 +65,12 @@ class Aligner(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: Any) -> Float[Tensor, "text d_target"] | Float[np.ndarray, "text d_target"]:
-        """States in the target's space, `[text, d_target]`, in the container of `X` (`[text, d_expert]`)."""
+        """States in the target's space, `[text, d_target]`, in the container of `X` (`[text, d_expert]`).
+
+        Raises:
+            NotFittedError: before `fit`.
+            ValueError: another width than at fit, or NaN or infinity.
+        """
         check_is_fitted(self)
         return like(self._transform(self._input(X)), X)
 
@@ -79,6 +84,7 @@ class Aligner(TransformerMixin, BaseEstimator):
             kind: "displacement" (a difference of states) or "covector" (weights that read a state).
 
         Raises:
+            NotFittedError: before `fit`.
             ValueError: another kind or width, or a direction that the map sends to zero.
         """
         check_is_fitted(self)
@@ -215,7 +221,8 @@ class ProcrustesAligner(Aligner):
 
     Plain: orthogonal Procrustes, as `scipy.linalg.orthogonal_procrustes` on centred states. With n <= d anchors it rotates
     only what they span and sends the rest to zero (SciPy completes arbitrarily). Whitened: PCA-whiten both sides to r
-    dimensions, rotate, un-whiten into the target, so that a few large coordinates do not decide the rotation.
+    dimensions, rotate, un-whiten into the target, so that a few large coordinates do not decide the rotation. The solution is
+    Schönemann's (Psychometrika 31:1, 1966).
 
     Args:
         n_components: r, of a whitened one. None: a tenth of the anchors, at most the rank of either side.

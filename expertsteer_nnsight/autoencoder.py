@@ -25,8 +25,8 @@ class AutoencoderAligner(Aligner):
     what the paper can report is `reconstruction_score`. The encoder is `coef_`, the decoder `reverse_coef_`.
 
     Args:
-        solver: "closed_form" (the PCA optimum, W_e = V_r Qᵀ with Q orthonormal, exact) or "adam". Solver and what
-            follows are ours; the sources that could be read give the loss and the affine form.
+        solver: "closed_form" (the PCA optimum, W_e = V_r Qᵀ with Q orthonormal, exact; Baldi and Hornik 1989) or "adam".
+            Solver and what follows are ours; the sources that could be read give the loss and the affine form.
         width: d_target, if no `y` is given (`target_mean_` is then zero).
         init: Q, or Adam's start. "random": seeded, orthonormal (closed form) or Gaussian (Adam); "pca": component i on
             axis i; "identity": for equal widths, keeps a basis that two models of one family share.
@@ -63,7 +63,12 @@ class AutoencoderAligner(Aligner):
         self.random_state = random_state
 
     def inverse_transform(self, Z: Any) -> Float[Tensor, "text d_expert"] | Float[np.ndarray, "text d_expert"]:
-        """Decode `Z`, `[text, d_target]`, to expert states `[text, d_expert]`."""
+        """Decode `Z`, `[text, d_target]`, to expert states `[text, d_expert]`.
+
+        Raises:
+            NotFittedError: before `fit`.
+            ValueError: another width than the encoder's, or NaN or infinity.
+        """
         check_is_fitted(self)
         codes = as_matrix(Z, "encoded states").to(self.expert_mean_.device)
         if codes.shape[1] != self.n_features_out_:
@@ -77,7 +82,12 @@ class AutoencoderAligner(Aligner):
         return float((states - self._decode(self._transform(states))).square().sum(1).mean())
 
     def reconstruction_score(self, X: Any) -> float:
-        """R² of the reconstruction of `X`, `[text, d_expert]`, pooled over coordinates: what the loss is about."""
+        """R² of the reconstruction of `X`, `[text, d_expert]`, pooled over coordinates: what the loss is about.
+
+        Raises:
+            NotFittedError: before `fit`.
+            ValueError: states that do not vary.
+        """
         loss = self.reconstruction_loss(X)
         total = (self._input(X) - self.expert_mean_).square().sum(1).mean()
         if total == 0:

@@ -234,7 +234,7 @@ def calibrate(
     The KL is that of this module's head: over the tokens of the prompts and of a short greedy continuation of each. Several
     strengths of a bracket are tried in one forward, so two or three rounds of forwards are the rule. All vectors of a plan
     are scaled together; several plans are calibrated each by itself, in shared forwards. A plan and its negative need not
-    have the same strength: calibrate both.
+    have the same strength: calibrate both. After the repository wassname/isokl_steering_calibration.
 
     Args:
         plan: one or several; the sign of their strength counts, its size does not.

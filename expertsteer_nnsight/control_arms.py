@@ -181,6 +181,9 @@ def untrained_like(model: Any, random_state: int = 0) -> Any:
     Args:
         model: a `TransformersModel` of a causal LM; of a remote one, the copy is made here.
         random_state: seed of the weights; torch's global generator is left as it was.
+
+    Raises:
+        ValueError: transformers has no causal LM for the model's configuration.
     """
     from nnsight.modeling.transformers import TransformersModel
     from transformers import AutoModelForCausalLM

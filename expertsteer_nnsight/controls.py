@@ -76,15 +76,15 @@ def permuted_directions(
 
     Args:
         aligner: its parameters are used; it is neither fitted nor changed.
-        X: expert_states of the anchors.
-        y: target_states of the anchors.
-        v: the direction in the expert's space.
+        X: expert_states of the anchors, `[text, d_expert]`.
+        y: target_states of the anchors, `[text, d_target]`.
+        v: the direction in the expert's space, `[d_expert]`.
         kind: "displacement" or "covector", as in `Aligner.map_direction`.
         draws: number of shufflings.
         random_state: seed.
 
     Returns:
-        Unit vectors, in the container of `v`.
+        Unit vectors `[draws, d_target]`, in the container of `v`.
 
     Raises:
         ValueError: as in `Aligner.fit` and `Aligner.map_direction`, or fewer than one draw.

@@ -80,7 +80,11 @@ class Direction:
         return replace(self, vector=vector, space="displacement")
 
     def auc(self, X: States, y: Any) -> float:
-        """AUC of two-valued `y` [n] against the inner products of `X` [n, d] with the (first) vector."""
+        """AUC of two-valued `y` [n] against the inner products of `X` [n, d] with the (first) vector.
+
+        Raises:
+            ValueError: `y` is not one finite number a row, or all the same.
+        """
         rows = as_matrix(X).to(self.vector.device)
         labels = torch.as_tensor(as_labels(y, len(rows))).to(rows.device)
         return auc(labels, rows @ self.vector.reshape(-1, rows.shape[1])[0])
@@ -276,12 +280,13 @@ def find_direction(
     Args:
         X: states [n, d].
         y: labels [n]: two values (the larger is the positive class), or real values for rfm, mean_difference and pca.
-        method: "rfm"; "mean_difference" (for real values, the covariance with y); "pca" (of pair differences with
-            random signs where groups and two classes are given, else of the states); "logistic" (C chosen by log loss
-            on folds that split no group); "lda" (within-class covariance, Ledoit-Wolf shrinkage); an estimator with
-            `directions_` or `coef_`, taken as covectors; or a callable `(X, y, **settings)` giving [d] or [k, d],
-            taken as a displacement unless `kind` is given.
-        kind: "gradient" (the covector itself, the default of methods that give one) or "pattern" (a displacement).
+        method: "rfm" (arXiv 2502.03708); "mean_difference" (for real values, the covariance with y); "pca" (of pair
+            differences with random signs where groups and two classes are given, else of the states); "logistic" (C
+            chosen by log loss on folds that split no group); "lda" (within-class covariance, shrunk after
+            Ledoit and Wolf 2004); an estimator with `directions_` or `coef_`, taken as covectors; or a callable `(X, y,
+            **settings)` giving [d] or [k, d], taken as a displacement unless `kind` is given.
+        kind: "gradient" (the covector itself, the default of methods that give one) or "pattern" (a displacement; Haufe et
+            al. 2014).
         groups: [n] names, such as the number of the contrast pair; the rows of one group stay on one side of a split.
         random_state: seed of the splits and of PCA's signs.
         folds: for `details["held_out_auc"]` and `["held_out_correlation"]` the whole search is repeated on this many

@@ -50,7 +50,15 @@ class Effect(Protocol):
         remote: bool | str | Remote = False,
         progress: bool = False,
     ) -> Tensor:
-        """Scores `[1 + plan, item]`; row 0 is unsteered."""
+        """Scores `[1 + plan, item]`, in `unit`; row 0 is unsteered.
+
+        Args:
+            model: the target.
+            plans: those to score, at their own strengths.
+            rows: plans a forward (`scoring.in_rows`); as many as fit into memory if None.
+            remote: True, "http://...", or a `Remote`: run on NDIF.
+            progress: show a progress bar.
+        """
         ...
 
 
@@ -87,6 +95,9 @@ class Words(_OfPrompts):
         prompts: unfinished texts, strings or chat messages, held out from every fit.
         positive: words whose probability the plan should raise.
         negative: words whose probability it should lower.
+
+    Raises:
+        ValueError: no prompts, or no words of one side.
     """
 
     prompts: Sequence[Text]
@@ -111,7 +122,11 @@ class Words(_OfPrompts):
         remote: bool | str | Remote = False,
         progress: bool = False,
     ) -> Tensor:
-        """Log-odds `[1 + plan, prompt]`; row 0 is unsteered."""
+        """Log-odds `[1 + plan, prompt]`, nats; row 0 is unsteered. Arguments as in `Effect.score`.
+
+        Raises:
+            ValueError: a positive and a negative word begin with the same token, or a plan has strengths a row.
+        """
         words = self.positive, self.negative
         return word_scores(model, plans, list(self.prompts), *words, rows=rows, remote=remote, progress=progress)
 
@@ -126,6 +141,9 @@ class Choices:
     Attributes:
         items: (prompt, positive, negative); continuations usually begin with a space.
         per_token: divide each log-likelihood by its number of tokens; False compares the sums.
+
+    Raises:
+        ValueError: no items.
     """
 
     items: Sequence[tuple[Text, str, str]]
@@ -175,7 +193,11 @@ class Choices:
         remote: bool | str | Remote = False,
         progress: bool = False,
     ) -> Tensor:
-        """Differences of log-likelihood `[1 + plan, item]`; row 0 is unsteered."""
+        """Differences of log-likelihood `[1 + plan, item]`, in `unit`; row 0 is unsteered. Arguments as in `Effect.score`.
+
+        Raises:
+            ValueError: a text of no tokens that the model predicts, or a plan with strengths a row.
+        """
         known = [_continued(model, prompt, text) for prompt, *both in self.items for text in both]
         found = likelihoods(model, plans, known, rows=rows, remote=remote, progress=progress)
         if self.per_token:
@@ -211,6 +233,9 @@ class Judged(_OfPrompts):
             `SentenceJudge`, or any callable.
         max_new_tokens: length of a continuation.
         unit: of the judge's numbers.
+
+    Raises:
+        ValueError: no prompts.
     """
 
     prompts: Sequence[Text]
@@ -232,7 +257,7 @@ class Judged(_OfPrompts):
         remote: bool | str | Remote = False,
         progress: bool = False,
     ) -> Tensor:
-        """What the judge makes of each continuation, `[1 + plan, prompt]`; row 0 is unsteered.
+        """What the judge makes of each continuation, `[1 + plan, prompt]`; row 0 is unsteered. Arguments as in `Effect.score`.
 
         Raises:
             ValueError: the judge gives another number of scores than texts.

@@ -46,7 +46,7 @@ Anchors = Mapping[int, Float[Tensor, "anchor hidden"]]
 
 
 class ExpertSteer(BaseEstimator):
-    """Makes a steering plan for a target model from an expert model's states.
+    """Makes a steering plan for a target model from an expert model's states (after arXiv 2505.12313).
 
     Args:
         aligner: from the expert's states to the target's; a clone is fitted for each layer pair.
@@ -69,8 +69,8 @@ class ExpertSteer(BaseEstimator):
         permutations: shuffles for the null of the layer scores; 0 saves their time.
         random_state: seed of every random choice.
 
-    Attributes (of a fitted one):
-        scores_: `LayerScores`, or None where `layers` were given.
+    Attributes:
+        scores_: of a fitted one, as all of these: `LayerScores`, or None where `layers` were given.
         pairs_: the layer pairs.
         sweep_: (layer pair, effect on the validation items), the best first; None without a sweep.
         aligners_: a fitted aligner for each pair.
@@ -129,13 +129,16 @@ class ExpertSteer(BaseEstimator):
 
     @classmethod
     def in_domain(cls, **changes: Any) -> ExpertSteer:
-        """No map at all: the target displacement that co-occurs with the expert's readout; for in-domain anchors."""
+        """No map at all: the target displacement that co-occurs with the expert's readout; for in-domain anchors.
+
+        The pattern of Haufe et al. (NeuroImage 87, 2014) across models (`CovarianceAligner`).
+        """
         preset = {"aligner": CovarianceAligner(), "score": "mutual_knn", "n_pairs": 3, "direction": "lda"}
         return cls(**{**preset, **changes})
 
     @classmethod
     def paper(cls, **changes: Any) -> ExpertSteer:
-        """The paper's steps as far as they are known.
+        """The steps of arXiv 2505.12313 as far as they are known.
 
         Theirs (secondary sources): a reconstruction-only affine auto-encoder a layer, the layer pairs of lowest mutual
         information, RFM on the encoded states, addition at inference. Ours: the estimator (Gaussian MI on principal
@@ -201,6 +204,9 @@ class ExpertSteer(BaseEstimator):
         Raises:
             ValueError: a setting does not fit the models, or the base model does not fit the expert.
             RemoteFailure: a host, a key or a model cannot be used, or a job failed.
+
+        Warns:
+            UserWarning: anchors that are labelled texts, or nearly.
         """
         if self.select == "sweep" and self.layers is None and validation is None:
             raise ValueError(_NO_VALIDATION)
@@ -283,7 +289,11 @@ class ExpertSteer(BaseEstimator):
             return control_arms(self, *read.fit_states(), **read.control_states(untrained), draws=draws)
 
     def wanted_layers(self, expert: ModelIdentity, target: ModelIdentity) -> tuple[list[int], list[int]]:
-        """The layers of either model that the fit will read."""
+        """The layers of either model that the fit will read.
+
+        Raises:
+            ValueError: a layer pair was asked for that a model does not have.
+        """
         if self.layers is not None:
             for pair in self.layers:
                 for layer, model, side in zip(pair, (expert, target), ("expert", "target"), strict=True):

@@ -25,11 +25,14 @@ class ContrastPairs(Sequence):
         positive: texts of the positive class.
         negative: texts of the negative class; `negative[i]` belongs to `positive[i]`.
         splits: a name a pair (`train`, `validation`, `test`), or empty.
+
+    Raises:
+        ValueError: other numbers of positives, negatives and splits, or something that is no text.
     """
 
-    positive: tuple[Any, ...]
-    negative: tuple[Any, ...]
-    splits: tuple[str, ...] = ()
+    positive: Sequence[Any]
+    negative: Sequence[Any]
+    splits: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in ("positive", "negative"):
@@ -43,7 +46,11 @@ class ContrastPairs(Sequence):
 
     @classmethod
     def of(cls, pairs: Any) -> ContrastPairs:
-        """Pairs from `ContrastPairs`, (positive, negative) tuples, mappings with those keys, or a dataset or JSON-lines file."""
+        """Pairs from `ContrastPairs`, (positive, negative) tuples, mappings with those keys, or a dataset or JSON-lines file.
+
+        Raises:
+            ValueError: none of these, or a row without one of the keys.
+        """
         if isinstance(pairs, cls):
             return pairs
         if isinstance(pairs, (str, Path)):
@@ -67,7 +74,11 @@ class ContrastPairs(Sequence):
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> ContrastPairs:
-        """Pairs from a file of JSON lines with `positive`, `negative` and perhaps `split`."""
+        """Pairs from a file of JSON lines with `positive`, `negative` and perhaps `split`.
+
+        Raises:
+            ValueError: a line is no JSON, or lacks one of the keys.
+        """
         return cls.of(Path(path))
 
     @classmethod
@@ -138,8 +149,8 @@ class LabelledTexts:
     Real values go with `rfm`, `mean_difference` and `pca` alone. They can be what the expert itself thinks, such as its
     log-probability of the right answer minus that of the best wrong one.
 
-    Attributes (kept as tuples):
-        texts: strings or chat messages.
+    Attributes:
+        texts: strings or chat messages; this and the next two are kept as tuples.
         labels: one finite number a text, not all the same.
         groups: what texts have in common (a pair, a question): the texts of one group stay on one side of every split.
             One for each text if None.

@@ -186,7 +186,17 @@ class Positions:
     def mask(
         self, where: str = "all", from_step: int = 0, skip_special: bool = True, prompt_lengths: Any = None
     ) -> Tensor:
-        """`[row, position]` bool: the positions that `where` names; never padding."""
+        """`[row, position]` bool: the positions that `where` names; never padding.
+
+        Args:
+            where: "all", "prompt" or "completion".
+            from_step: of the completion, the first new token whose prediction counts.
+            skip_special: leave out what the tokenizer prepends.
+            prompt_lengths: `[row]`, in real tokens: where the completion of a teacher-forced row starts.
+
+        Raises:
+            ValueError: not one length a row, or prompt and completion cannot be told apart (chunked prefill, assisted generation).
+        """
         chosen = self.real & ~self.prefix if skip_special else self.real
         if where == "all" and from_step == 0:
             return chosen

@@ -92,7 +92,7 @@ class Receipt:
 
     @property
     def bar(self) -> float:
-        """The effect that `contributed` asks for.
+        """The effect that `contributed` asks for, in `unit`; of a receipt with the arms `expert` and `untrained`.
 
         Two seeds or three tell little of how far a further one would come, so the lower of two bounds is taken, each of which one
         in forty exceeds: Student's around the seeds' mean, and around zero with their root mean square, for seeds that
@@ -149,7 +149,11 @@ class Receipt:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Receipt:
-        """What `to_dict` gave, such as `plan.info["receipt"]`."""
+        """What `to_dict` gave, such as `plan.info["receipt"]`.
+
+        Raises:
+            KeyError: the values are no receipt's.
+        """
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "tested"})
 
     def save(self, path: str | Path) -> Path:
@@ -192,7 +196,11 @@ class Receipt:
         return "\n".join([*lines, self.verdict[0].upper() + self.verdict[1:]])
 
     def plot(self, ax: Any = None) -> Any:
-        """Effect with its interval against cost, a point an arm; a matplotlib figure."""
+        """Effect with its interval against cost, a point an arm; a matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
         from .plotting import plot_receipt
 
         return plot_receipt(self, ax)

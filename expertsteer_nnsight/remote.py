@@ -59,6 +59,9 @@ class Remote:
         retries: how often a job is sent again after the connection was refused or lost, the server had an error of its own
             (5xx), or lost the job. The waits between double from 1 s to 60 s.
         traffic: jobs and bytes so far.
+
+    Raises:
+        ValueError: an address without http:// or https://, or a key of other characters than a key has.
     """
 
     host: str | None = None
@@ -199,7 +202,16 @@ class Remote:
     def retried(
         self, do: Callable[[], Any], say: Callable[[str], Any] | None = None, until: float | None = None
     ) -> Any:
-        """`do()`, again after each loss, up to the limits of this `Remote` (two retries for a host that never answered)."""
+        """`do()`, again after each loss, up to the limits of this `Remote` (two retries for a host that never answered).
+
+        Args:
+            do: what is tried; it raises `Lost` where it may be tried again.
+            say: is told of each wait.
+            until: a time of `time.monotonic` in seconds after which nothing is tried again; None: `timeout` from now.
+
+        Raises:
+            RemoteFailure: every try was lost.
+        """
         until = time.monotonic() + self.timeout if until is None else until
         patience = self.retries if self.address in _answered else min(2, self.retries)
         attempt = 0
@@ -297,6 +309,9 @@ class Remote:
             what: what the job was for; the beginning of the sentence.
             less: how to ask for less in one job, if it was too much.
             after: what to add to the end of every failure's sentence.
+
+        Raises:
+            RemoteFailure: the job failed.
         """
         try:
             yield

@@ -77,6 +77,10 @@ class Residual:
         path: attribute path of the decoder layers.
         n_layers: how many there are.
         hidden_size: width of the residual stream, or None if the configuration does not say.
+
+    Raises:
+        TypeError: the model is not wrapped by nnsight.
+        ValueError: no list of decoder layers is found, or several are; or `path` leads to none.
     """
 
     def __init__(self, model: Any, path: str | None = None) -> None:
@@ -125,7 +129,7 @@ class Residual:
         return hidden(self.layers[layer].output)
 
     def write(self, layer: int, value: Tensor) -> None:
-        """Inside a trace: replaces the output of `layer`, whatever container the architecture returns it in."""
+        """Inside a trace: replaces the output of `layer` by `value`, `[row, position, hidden]`, in its own container."""
         output = self.layers[layer].output
         self.layers[layer].output = value if isinstance(output, Tensor) else (value, *output[1:])
 

@@ -31,6 +31,9 @@ class SteeringPlan:
         target: identity of the model they were made for; None fits any model of the same width.
         info: what is known of their making: expert, aligner and its held-out fit, layer pairs and scores, direction
             method, position rule, calibration, receipt, hashes, library versions. Plain JSON values.
+
+    Raises:
+        ValueError: no vectors, or vectors of different widths.
     """
 
     vectors: Sequence[SteeringVector]
@@ -106,7 +109,11 @@ class SteeringPlan:
         return self._changed([replace(v, **changes) for v in self.vectors])
 
     def with_directions(self, directions: Sequence[Tensor]) -> SteeringPlan:
-        """The same plan with other directions, one a vector in the order of `vectors`."""
+        """The same plan with other directions, `[hidden]` or `[row, hidden]`, one a vector in the order of `vectors`.
+
+        Raises:
+            ValueError: not as many directions as vectors, or one that is zero, NaN or infinite.
+        """
         pairs = zip(self.vectors, directions, strict=True)
         made = self._changed([replace(v, direction=d) for v, d in pairs])
         return SteeringPlan(made.vectors, self.target, {"directions": "replaced"})
@@ -217,6 +224,7 @@ class SteeringPlan:
         """Reads what `save` wrote; never unpickles.
 
         Raises:
+            FileNotFoundError: no such file.
             ValueError: the file is no plan, or of a newer format.
         """
         from .plan_file import load_plan

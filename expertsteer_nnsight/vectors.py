@@ -45,6 +45,7 @@ class SteeringVector:
     - `add_keep_norm`: (h + s v) scaled back to the norm of h (arXiv 2606.06735)
     - `clamp`: h with its component along v set to s
     - `project_out`: h - strength (h·v) v; strength 1 takes the component away, and residual_norm plays no part
+      (arXiv 2406.11717)
 
     Attributes:
         layer: decoder layer of the target, counted from 0; its output is edited.
@@ -114,7 +115,10 @@ class SteeringVector:
 
     @property
     def length(self) -> float | Tensor:
-        """The s of the formulas above: strength x residual_norm, in the stream's own units (strength alone for `project_out`)."""
+        """The s of the formulas above, a number or `[row]`: strength x residual_norm, in the stream's own units.
+
+        For `project_out` it is the strength alone.
+        """
         return self.strength if self.op == "project_out" else self.strength * (self.residual_norm or 1.0)
 
     def edit(self, h: Tensor, mask: Tensor | None = None) -> Tensor:

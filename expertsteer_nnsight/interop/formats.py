@@ -22,8 +22,8 @@ from ..steering import SteeringPlan
 from ..vectors import SteeringVector
 
 
-def added(plan: SteeringPlan) -> dict[int, Float[Tensor, hidden]]:
-    """What a plan adds to the output of each layer, in the stream's own units.
+def added(plan: SteeringPlan) -> dict[int, Float[Tensor, " hidden"]]:
+    """What a plan adds to the output of each layer, `[hidden]`, in the stream's own units.
 
     Raises:
         ValueError: the plan does anything else: another operation, positions, strengths by row.
@@ -178,6 +178,13 @@ def to_lm_eval(plan: SteeringPlan, path: str | Path, model: Any) -> Path:
 def to_safetensors(plan: SteeringPlan, path: str | Path, model: Any = None) -> Path:
     """The vectors alone, `layer.L` `[hidden]`, for any tool: what is to be added to the output of decoder layer L.
 
+    They are in the stream's own units: direction x strength x residual norm.
+
+    Args:
+        plan: the plan.
+        path: of the file.
+        model: not used; it is there for the other formats' sake (`EXPORTS`).
+
     Raises:
         ValueError: the plan does more than add vectors at every position.
     """
@@ -190,6 +197,12 @@ def to_safetensors(plan: SteeringPlan, path: str | Path, model: Any = None) -> P
 
 def from_safetensors(path: str | Path, model: Any = None, strength: float = 1.0, **settings: Any) -> SteeringPlan:
     """A plan of vectors whose names end in the number of their layer, such as `layer.14` or `14`.
+
+    Args:
+        path: of the file; each vector is `[hidden]`.
+        model: the wrapped model that it is for.
+        strength: times the vectors as they are.
+        settings: further fields of every `SteeringVector`.
 
     Raises:
         ValueError: a name without a number at its end, or two of one layer.

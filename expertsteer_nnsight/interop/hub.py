@@ -19,13 +19,14 @@ def card(plan: SteeringPlan, repo_id: str) -> str:
     from huggingface_hub import ModelCardData
 
     target, expert = plan.target, plan.info.get("expert") or {}
+    on_hub = target.id if target and target.id and "/" in target.id else None  # a folder's name is no id
     about = ModelCardData(
         library_name="expertsteer_nnsight",
-        base_model=target.id if target and target.id and "/" in target.id else None,
+        base_model=on_hub,
         tags=["nnsight", "steering-vector", "activation-steering"],
     )
-    name = target.id if target and target.id else "any model of this width"
-    load = f"TransformersModel({target.id!r}" if target and target.id else "TransformersModel(MODEL"
+    name = target or "any model of this width"
+    load = f"TransformersModel({on_hub!r}" if on_hub else "TransformersModel(MODEL"
     receipt = plan.info.get("receipt")
     measured = "It was not measured: there is no receipt."
     if receipt:
@@ -78,6 +79,9 @@ def push(plan: SteeringPlan, repo_id: str, *, private: bool | None = None, **opt
 
     Returns:
         The commit's address.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: the hub refuses the token, the repository or the commit.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
