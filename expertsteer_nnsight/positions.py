@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._nnsight import current_step, passed, run_option
+from ._nnsight import current_step, in_step, passed, run_option
 
 WHERE = ("all", "prompt", "completion")
 
@@ -101,12 +101,14 @@ class Positions:
         """
         what = "Positions.read(model)"
         step = current_step(model, what)
+        late = (
+            "The positions come from the model's inputs, which are before every layer, and this block has already "
+            "read a later value in this step: read positions = Positions.read(model) at the top of the step."
+        )
         if passed(model, "input", step, what):
-            raise RuntimeError(
-                "The positions come from the model's inputs, which are before every layer, and this block has already "
-                "read a later value in this step: read positions = Positions.read(model) at the top of the step."
-            )
-        args, kwargs = model.inputs
+            raise RuntimeError(late)
+        with in_step(step, False, late):
+            args, kwargs = model.inputs
         tokens = kwargs.get("input_ids", kwargs.get("input", args[0] if args else None))
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
@@ -158,10 +160,16 @@ class Positions:
             special |= at if ids is None else at & (ids == token)
         return cls(real, special, index, step, past, chunked)
 
+    def only_rows(self, rows: Tensor) -> Positions:
+        """The same with the rows alone that `rows` `[row]` (bool) names: no mask chooses the others, so they stay unsteered.
+
+        `plan.apply(model, positions.only_rows(fires))` steers where a probe fires, whatever the plan does there.
+        """
+        return replace(self, real=self.real & rows.to(self.real.device)[:, None])
+
     def without_row(self, row: int) -> Positions:
         """The same with one row that no mask chooses: it stays unsteered."""
-        keep = torch.arange(len(self.real), device=self.real.device)[:, None] != row
-        return replace(self, real=self.real & keep)
+        return self.only_rows(torch.arange(len(self.real)) != row)
 
     def _completion_step(self, prompt_lengths: Any) -> Tensor:
         """`[row, position]`: which new token a position's output predicts (negative: a prompt token)."""

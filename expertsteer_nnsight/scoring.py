@@ -296,6 +296,16 @@ def likelihoods(
     return torch.stack([value for (value,) in found], 1)
 
 
+def word_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """The tokens that `words` begin with after a space, ascending, each once."""
+    found = set()
+    for word in words:
+        ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        # a tokenizer that itself puts a space before a text has a token for the other one
+        found.add(next((i for i in ids if tokenizer.decode([i]).strip()), ids[0]))
+    return sorted(found)
+
+
 def word_scores(
     model: Any,
     plans: Sequence[SteeringPlan],
@@ -316,15 +326,7 @@ def word_scores(
     """
     tokenizer = tokenizer_of(model)
 
-    def first(words: Sequence[str]) -> list[int]:
-        found = set()
-        for word in words:
-            ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
-            # a tokenizer that itself puts a space before a text has a token for the other one
-            found.add(next((i for i in ids if tokenizer.decode([i]).strip()), ids[0]))
-        return sorted(found)
-
-    up, down = first(positive), first(negative)
+    up, down = word_ids(tokenizer, positive), word_ids(tokenizer, negative)
     if set(up) & set(down):
         raise ValueError("Some positive and negative words begin with the same token: choose words that differ there.")
 
