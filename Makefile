@@ -7,7 +7,7 @@ export EXPERTSTEER_CACHE ?= $(HOME)/.cache/expertsteer_nnsight
 NDIF := build/ndif
 NDIF_SERVER := $(NDIF)/server/bin/python
 
-.PHONY: demo test fast lint models benchmark evidence ndif ndif-client ndif-setup clean
+.PHONY: demo test fast lint models benchmark evidence docs notebooks ndif ndif-client ndif-setup clean
 
 demo: models
 	$(BIN)/python -m recipes.demo $(ARGS)
@@ -34,6 +34,13 @@ benchmark: models
 # the study over concepts: hours; `make evidence ARGS="--data FOLDER"`, and again to go on
 evidence: models
 	$(BIN)/python -m evidence $(ARGS)
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m mkdocs build --strict
+
+# the notebooks with fresh outputs
+notebooks: models
+	TQDM_DISABLE=1 PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 # torch first and alone: asked for within a range, pip would take a newer build with gigabytes of CUDA packages
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -246,7 +246,9 @@ def collect(
         kept = len(done)
         todo = sorted(set(range(len(texts))) - done, key=lambda i: (lengths[i], i))
         label = f"states of {identity.name or identity.kind}"
-        with tqdm(total=len(texts), initial=kept, desc=label, unit="text", disable=not progress) as bar:
+        with tqdm(
+            total=len(texts), initial=kept, desc=label, unit="text", disable=not progress or kept == len(texts)
+        ) as bar:
             unsaved: list[dict[str, Tensor]] = []
             count = 0
             for batch in _cut(todo, most, lengths, tokens):

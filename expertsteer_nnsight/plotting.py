@@ -10,6 +10,11 @@ import numpy as np
 def figure(width: float | int, height: float | int, columns: int = 1) -> tuple[Any, Any]:
     """A figure and its axes, outside of pyplot's registry.
 
+    Args:
+        width: in inches, like the height.
+        height: of the whole figure.
+        columns: axes side by side.
+
     Raises:
         ImportError: matplotlib is missing.
     """
@@ -26,24 +31,28 @@ def plot_receipt(receipt: Any, ax: Any = None) -> Any:
 
     Small dots are single draws: |effect| of the arms told by a distribution, effects of the others. The arm of an instruction
     has no such cost and is drawn as a line.
+
+    Raises:
+        ImportError: matplotlib is missing.
     """
     fig, ax = (ax.figure, ax) if ax is not None else figure(7, 5)
-    base = receipt.unsteered["nll"]
+    base, handles = receipt.unsteered["nll"], []
     for number, (name, arm) in enumerate(receipt.arms.items()):
         color = f"C{number}"
         if arm["nll"] is None:
-            ax.axhline(arm["effect"], color=color, lw=1, ls="--", label=name)
+            handles.append(ax.axhline(arm["effect"], color=color, lw=1, ls="--", label=name))
             continue
         cost, null = arm["nll"] - base, arm["interval"] is None
         if arm["draws"] > 1:
             draws = [abs(e) if null else e for e in arm["effects"]]
             ax.plot([cost] * len(draws), draws, ".", ms=4, color=color, alpha=0.4)
         if null:
-            ax.plot(cost, arm["effect"], "_", ms=9, mew=2, color=color, label=name)
+            handles += ax.plot(cost, arm["effect"], "_", ms=9, mew=2, color=color, label=name)
         else:
             low, high = arm["interval"]
             error = [[max(0.0, arm["effect"] - low)], [max(0.0, high - arm["effect"])]]
-            ax.errorbar(cost, arm["effect"], yerr=error, fmt="o", ms=6, capsize=3, color=color, label=name)
+            place = {"x": cost, "y": arm["effect"], "yerr": error}
+            handles.append(ax.errorbar(**place, fmt="o", ms=6, capsize=3, lw=1.2, color=color, label=name))
     ax.axhline(0, color="0.6", lw=0.8)
     ax.set_xlabel("rise of the NLL on neutral text (nats a token)")
     ax.set_ylabel(f"effect on held-out items ({receipt.unit})")
@@ -52,7 +61,8 @@ def plot_receipt(receipt: Any, ax: Any = None) -> Any:
         "bars: 95th percentile of |effect| over draws",
         fontsize=9,
     )
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    # in the order of the arms: matplotlib's own puts error bars last
+    ax.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return fig
 
 
@@ -61,6 +71,7 @@ def plot_doses(receipt: Any, ax: Any = None) -> Any:
 
     Raises:
         ValueError: the receipt has no doses.
+        ImportError: matplotlib is missing.
     """
     if not receipt.doses:
         raise ValueError("No doses were measured: call receipt(..., doses=(0.25, 0.5, 1.5)).")
@@ -78,7 +89,16 @@ def plot_doses(receipt: Any, ax: Any = None) -> Any:
 
 
 def plot_layer_scores(scores: Any, pairs: Any = None, ax: Any = None) -> Any:
-    """Heat map of `LayerScores` (in the unit of the score), expert layers upwards, with `pairs` circled."""
+    """Heat map of `LayerScores` (in the unit of the score), expert layers upwards, with `pairs` circled.
+
+    Args:
+        scores: what `match_layers` returned.
+        pairs: `LayerPair`s.
+        ax: matplotlib axes to draw on; None makes a figure.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     if ax is None:
         fig, ax = figure(6.4, 4.8)
     else:
@@ -100,7 +120,7 @@ def plot_layer_scores(scores: Any, pairs: Any = None, ax: Any = None) -> Any:
 def plot_spectrum(machine: Any, most: int = 20, ax: Any = None) -> Any:
     """Eigenvalues of a fitted `RecursiveFeatureMachine`'s AGOP as shares of their sum, with the cumulative share.
 
-    One tall bar means that the labels hang on one direction; a slow rise, that they need a subspace.
+    A cumulative share that begins near 1 means that the labels hang on one direction; a slow rise, that they need a subspace.
 
     Args:
         machine: the fitted machine.
@@ -120,14 +140,17 @@ def plot_spectrum(machine: Any, most: int = 20, ax: Any = None) -> Any:
     every = _numbers(machine.spectrum_shares_)
     shares = every[:most]
     number = np.arange(1, len(shares) + 1)
-    ax.bar(number, shares, width=0.7, color="C0", label="share")
-    ax.plot(number, shares.cumsum(), "o-", ms=3, lw=1, color="C1", label="cumulative share")
+    whole = ax.twinx()
+    (share,) = ax.semilogy(number, shares, "o-", ms=4, lw=1, color="C0", label="share")
+    (sum_,) = whole.plot(number, shares.cumsum(), "s--", ms=3, lw=1, color="C1", label="cumulative share")
     ax.set_xlim(0.4, len(shares) + 0.6)
-    ax.set_ylim(0, 1.03)
+    ax.set_ylim(bottom=max(1e-6, shares.min() / 2))  # below are zeros, as rounding leaves them
+    whole.set_ylim(0, 1.03)
     ax.set_xticks(number[:: -(-len(number) // 10)])
     ax.set_xlabel(f"eigenvector of the AGOP, {len(shares)} of {len(every)}")
-    ax.set_ylabel("share of the sum of eigenvalues")
-    ax.legend(fontsize=8, loc="center right", frameon=False)
+    ax.set_ylabel("share of the sum of eigenvalues, log scale")
+    whole.set_ylabel("cumulative share")
+    whole.legend(handles=[share, sum_], fontsize=8, loc="center right", frameon=False)
     return fig
 
 
@@ -168,11 +191,14 @@ def plot_tokens(values: Any, tokens: Any, mask: Any = None, label: str = "", ax:
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     signed = low < 0
     reach = max(-low, high)
+    longest = max(len(name) for row in names for name in row)
+    upright = width > 16  # of long prompts the tokens stand, or the figure would be yards wide
     if ax is None:
-        longest = max(len(name) for row in names for name in row)
-        fig, ax = figure(min(30, max(5, (0.13 * min(longest, 10) + 0.1) * width + 1.4)), 0.36 * len(rows) + 1.2)
+        cell = (0.26, 0.085 * longest + 0.2) if upright else (0.085 * longest + 0.2, 0.36)
+        fig, ax = figure(min(30, max(5, cell[0] * width + 1.4)), min(20, cell[1] * len(rows) + 1.0))
     else:
         fig = ax.figure
+    ax.set_facecolor("0.88")  # what is empty is no small value
     image = ax.imshow(
         np.ma.masked_invalid(grid),
         aspect="auto",
@@ -181,11 +207,18 @@ def plot_tokens(values: Any, tokens: Any, mask: Any = None, label: str = "", ax:
         vmax=reach or 1.0,
     )
     fig.colorbar(image, ax=ax, label=label, fraction=0.05, pad=0.02)
+    ax.set_xticks(np.arange(width + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", lw=1)
+    ax.tick_params(which="minor", length=0)
     for i, row in enumerate(names):
         for j, name in enumerate(row):
-            size = abs(grid[i, j]) / (reach or 1.0) if np.isfinite(grid[i, j]) else 0.0
-            color = "white" if size > 0.6 else "black"
-            ax.text(j, i, name, ha="center", va="center", fontsize=7, color=color, clip_on=True, parse_math=False)
+            red, green, blue, _ = image.to_rgba(grid[i, j]) if np.isfinite(grid[i, j]) else (1.0, 1.0, 1.0, 1.0)
+            color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else "black"
+            ax.text(
+                j, i, name, ha="center", va="center", fontsize=8, color=color, rotation=90 if upright else 0, clip_on=True,
+                parse_math=False,
+            )  # fmt: skip
     ax.set_xticks(range(0, width, -(-width // 12)))
     ax.set_yticks(range(len(rows)), labels=[str(i + 1) for i in range(len(rows))])
     ax.set_xlabel("token")
