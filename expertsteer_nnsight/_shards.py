@@ -73,8 +73,8 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def open_cache(folder: Path, settings: dict[str, Any]) -> set[int]:
-    """Makes the folder of a cache, or finds which texts are in it."""
+def open_cache(folder: Path, settings: dict[str, Any]) -> tuple[set[int], tuple[int, ...]]:
+    """Makes the folder of a cache, or finds which rows are in it; and the layers that it holds: those of `settings`, or more."""
     manifest = folder / _MANIFEST
     folder.mkdir(parents=True, exist_ok=True)
     if manifest.exists():
@@ -82,11 +82,13 @@ def open_cache(folder: Path, settings: dict[str, Any]) -> set[int]:
         differ = [k for k in settings if stored.get(k) != settings[k]]
         # other texts have other tokens; the same texts have them with another tokenizer or chat template
         differ = [k for k in differ if k != "tokens" or "texts" not in differ]
+        if differ == ["layers"] and set(settings["layers"]) < set(stored["layers"]):
+            differ = []
         if differ:
             raise ValueError(
                 f"The cache {folder} was made with another {', '.join(differ)}: pass another folder, or delete this one."
             )
-        return {i for shard in shards_of(folder) for i in shard_index(shard)}
+        return {i for shard in shards_of(folder) for i in shard_index(shard)}, tuple(stored["layers"])
     temporary = manifest.with_suffix(".partial")
     if any(file != temporary for file in folder.iterdir()):
         raise ValueError(
@@ -94,7 +96,7 @@ def open_cache(folder: Path, settings: dict[str, Any]) -> set[int]:
         )
     temporary.write_text(json.dumps(settings))
     os.replace(temporary, manifest)
-    return set()
+    return set(), tuple(settings["layers"])
 
 
 def shards_of(folder: Path) -> list[Path]:

@@ -176,7 +176,7 @@ def collect(
             text's own tokens: never padding, nor a special token that the tokenizer prepends.
         batch_size: texts a forward, and a request if remote. None: 32; if remote up to 100, as many as have results of
             8 MiB (which come with the answer) and 32768 tokens with their padding.
-        cache: folder for shards. What an interrupted call finished there is not run again.
+        cache: folder for shards. What an interrupted call finished there is not run again. One that holds further layers will do.
         shard_size: texts a shard, at least; a remote request is a shard of its own.
         dtype: of the stored states; the model's own if None. A remote model's are converted before they travel.
         ends: for each text, character offsets at which a token ends (`word_ends.shared_ends`): further rows, before that of
@@ -231,17 +231,17 @@ def collect(
     def read(batch: list[int], bar: tqdm) -> dict[str, Tensor]:
         rows = [(*encoded[i], at[i]) for i in batch]
         if host is None:
-            return _forward(model, residual, rows, chosen, dtype, None)
+            return _forward(model, residual, rows, held, dtype, None)
         after = f"; {kept} of {len(texts)} texts are kept, and the same call goes on from there" if kept else ""
         with host.explained(f"Reading {len(batch)} texts", "batch_size=", after):
-            return _forward(model, residual, rows, chosen, dtype, host.backend(model, bar.set_postfix_str))
+            return _forward(model, residual, rows, held, dtype, host.backend(model, bar.set_postfix_str))
 
     with ExitStack() as own:
         folder = None if cache is None else Path(cache)
         if host is not None and cache is None and not edited:
             # a caller that reads several times deletes them all when it has succeeded
             folder = (_until or own).enter_context(kept_until_done(texts_hash([json.dumps(settings)])))
-        stored = set() if folder is None else open_cache(folder, settings)
+        stored, held = (set(), chosen) if folder is None else open_cache(folder, settings)
         done = {i for i, row in enumerate(first_row[:-1]) if row in stored}  # the rows of a text are in one shard
         kept = len(done)
         todo = sorted(set(range(len(texts))) - done, key=lambda i: (lengths[i], i))

@@ -93,6 +93,8 @@ def fitted(domain: Domain, models: tuple[Any, Any], tasks: Tasks, args: Any) -> 
     pairs, anchors = texts_of(tasks, domain.fit, args.seed, args.anchors)
     where: dict[str, Any] = {"cache": args.out / "states" / f"{domain.name}-{texts_hash([*pairs.texts, *anchors])[:8]}"}
     far = {"remote_expert": args.remote_expert, "remote_target": args.remote}
+    paper = es.ExpertSteer.paper(random_state=args.seed)
+    papers = [paper.fit(expert, target, pairs, anchors, **where, **far)]  # first: its layers hold those of the others
     steer = es.ExpertSteer.recommended(random_state=args.seed)
     arms = {"expert": [steer.fit(expert, target, pairs, anchors, **where, **far)]}
     controls = steer.controls(
@@ -102,9 +104,7 @@ def fitted(domain: Domain, models: tuple[Any, Any], tasks: Tasks, args: Any) -> 
     at = [(p.expert, p.target) for p in steer.pairs_]
     rfm = es.ExpertSteer.recommended(direction="rfm", layers=at, random_state=args.seed)
     arms["expert_rfm"] = [rfm.fit(expert, target, pairs, anchors, **where, **far)]
-    paper = es.ExpertSteer.paper(random_state=args.seed)
-    arms["paper"] = [paper.fit(expert, target, pairs, anchors, **where, **far)]
-    return arms
+    return {**arms, "paper": papers}
 
 
 class Measuring:

@@ -332,7 +332,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
     others = {
         "model": [(tiny(seed=1), TEXTS, {}), (fine_tuned, TEXTS, {}), (build(rope_theta=5.0), TEXTS, {})],
         "texts": [(tiny(), TEXTS[::-1], {}), (tiny(), TEXTS[:-1], {}), (tiny(), [*TEXTS[:-1], "A test"], {})],
-        "layers": [(tiny(), TEXTS, {"layers": [1]})],
+        "layers": [(tiny(), TEXTS, {"layers": [1, 3]})],
         "position": [(tiny(), TEXTS, {"position": p}) for p in ("mean", 0, lambda ids: -1)],
         "dtype": [(tiny(), TEXTS, {"dtype": torch.float16})],
     }
@@ -344,6 +344,18 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
         collect(tiny(), TEXTS[:2], **{**base, "layers": [1]})
     assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
     collect(tiny(), TEXTS, **base)
+
+
+def test_a_cache_of_more_layers_serves_fewer(tmp_path):
+    base = {"cache": tmp_path, "shard_size": 4, "progress": False}
+    collect(tiny(), TEXTS, layers=[0, 1, 3], **base)
+    next(iter(sorted(tmp_path.glob("shard-*")))).unlink()  # as if it had been interrupted
+    some = collect(tiny(), TEXTS, layers=[1], **base)
+    assert some.layers == (1,) and list(some) == [1]
+    torch.testing.assert_close(some[1], collect(tiny(), TEXTS, layers=[1], progress=False)[1])
+    files = {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
+    same(collect(tiny(), TEXTS, layers=[0, 1, 3], **base), collect(tiny(), TEXTS, layers=[0, 1, 3], progress=False))
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()} == files  # nothing was read again
 
 
 def test_a_run_goes_on_with_other_sizes_and_no_text_twice(tmp_path):

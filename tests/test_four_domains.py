@@ -34,8 +34,9 @@ ARMS = {
 def command(tmp_path_factory):
     """A run on random models and a set of forty questions."""
     out = tmp_path_factory.mktemp("four")
-    for name, arch, seed in (("expert", "qwen2", 1), ("target", "llama", 2)):
-        model = tiny.build(arch, seed=seed)
+    for name, arch, seed in (("expert", "neox", 1), ("target", "llama", 2)):
+        # deep enough for the bands of the presets to differ
+        model = tiny.build(arch, seed=seed, num_hidden_layers=8)
         model._module.save_pretrained(out / name)
         model.tokenizer.save_pretrained(out / name)
     data = write_sets(out / "data", 200)
@@ -56,7 +57,7 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
 
     monkeypatch.setattr(evaluator, "evaluate", spy)
     main(command)
-    assert asked[-1] == ("qwen2", None) and {model for model, _ in asked[:-1]} == {"llama"}
+    assert asked[-1] == ("gpt_neox", None) and {model for model, _ in asked[:-1]} == {"llama"}
     assert not asked[0][1] and asked[1][1] and not any(instruction for _, instruction in asked[2:])
     lines = read_lines(out / "results.jsonl")
     tests = [line for line in lines if line["split"] == "test"]
@@ -90,7 +91,7 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
 def test_a_dry_run_resolves_names_and_shapes_without_weights(command, capsys):
     main([*command, "--dry-run"])
     told = capsys.readouterr().out
-    assert "4 layers, width 32" in told and "pairs of local_medmcqa" in told and "test items, by acc_norm" in told
+    assert "8 layers, width 32" in told and "pairs of local_medmcqa" in told and "test items, by acc_norm" in told
 
 
 def test_labelled_questions_are_no_anchors(command):
