@@ -163,3 +163,37 @@ def test_what_does_not_fit_is_refused(pair):
     rows = es.SteeringPlan([es.SteeringVector(1, torch.ones(32), torch.tensor([1.0, 2.0, 3.0]))])
     with pytest.raises(ValueError, match="for 3 rows, but the batch has 1"):
         bridge.run_with_hooks(PROMPTS[0], fwd_hooks=rows.to_transformer_lens(bridge))
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", "gemma-3-270m"])
+def test_real_models_have_the_same_logits_and_tokens_both_ways(name):
+    from expertsteer_nnsight.packaged_models import model_path
+    from recipes.steer_on_ndif import load
+
+    folder = str(model_path(name))
+    model = load(folder, here=True)
+    bridge = tiny.boot(folder)
+    bridge.cfg.default_prepend_bos = name.startswith("gemma")  # as the model's own tokenizer does
+    states = es.collect(model, PROMPTS, layers=[9, 12], progress=False)
+    g = torch.Generator().manual_seed(0)
+    directions = {k: torch.randn(states.model.hidden_size, generator=g) for k in (9, 12)}
+    plan = es.SteeringPlan([es.SteeringVector(k, v, 0.3, states.norm(k)) for k, v in directions.items()])
+    wrapped, steered = nnsight.NNsight(bridge), plan.attach(model)
+    with torch.no_grad():
+        with wrapped.trace(PROMPTS[1]):
+            plan.apply(wrapped, any_id=True)
+            traced = nnsight.save(wrapped.output)
+        with steered.trace(PROMPTS[1]):
+            expected = nnsight.save(model.output.logits)
+        hooked = bridge.run_with_hooks(PROMPTS[1], fwd_hooks=plan.to_transformer_lens(bridge, any_id=True))
+        plain = bridge(PROMPTS[1])
+    torch.testing.assert_close(hooked, traced, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(hooked, expected, rtol=1e-2, atol=5e-2)  # the bridge computes attention by itself
+    assert (hooked - plain).abs().max() > 1
+    with steered.generate(PROMPTS[1], max_new_tokens=8, do_sample=False) as tracer:
+        ids = nnsight.save(tracer.result)
+    with bridge.hooks(fwd_hooks=plan.to_transformer_lens(bridge, any_id=True)):
+        found = bridge.generate(PROMPTS[1], max_new_tokens=8, do_sample=False, verbose=False, return_type="tokens")
+    assert found[0, -8:].tolist() == ids[0, -8:].tolist()

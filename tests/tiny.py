@@ -91,15 +91,20 @@ def tiny(arch: str = "llama", bos: bool = False, seed: int = 0) -> TransformersM
     return build(arch, bos, seed)
 
 
-def bridge(model, folder):
-    """A TransformerBridge of the same weights and tokenizer; `folder` is where they are handed over."""
+def boot(folder):
+    """A TransformerBridge of the model in a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformer_lens' own
         from transformer_lens.model_bridge import TransformerBridge
 
-        model._module.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
         return TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
+
+
+def bridge(model, folder):
+    """A TransformerBridge of the same weights and tokenizer; `folder` is where they are handed over."""
+    model._module.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return boot(folder)
 
 
 @contextmanager
