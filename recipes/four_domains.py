@@ -24,14 +24,13 @@ from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.packaged_models import resolve
-from expertsteer_nnsight.plotting import figure
 from expertsteer_nnsight.texts import texts_hash
 from recipes.domain_settings import SCALES, Domain
+from recipes.domain_tables import Line, read_lines, report
 from recipes.steer_on_ndif import load
 
 PAIRS = 200  # labelled pairs, at most
 READ = 800  # of the training questions that are no labelled text, as anchors, at most
-Line = dict[str, Any]
 
 
 class Tasks:
@@ -187,97 +186,6 @@ class Measuring:
         return float(np.mean(self.line(task, "validation", name, draw, dose, dose * plan)[metric]))
 
 
-def read_lines(path: Path) -> list[Line]:
-    """Lines of results; one that was cut off while it was written is taken out of the file."""
-    text = path.read_text() if path.exists() else ""
-    whole, _, cut = text.rpartition("\n")
-    if cut:
-        path.write_text(whole + "\n" if whole else "")
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def compared(steered: Sequence[int], unsteered: Sequence[int]) -> Line:
-    """Difference of two accuracies on the same items, with a 95 % interval (paired bootstrap) and McNemar's exact p."""
-    from scipy.stats import binomtest, bootstrap
-
-    a, b = np.array(steered), np.array(unsteered)
-    gained, lost = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
-    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    low, high = (0.0, 0.0)
-    if gained + lost:
-        low, high = bootstrap(
-            ((a - b).astype(float),), np.mean, method="percentile", rng=np.random.default_rng(0)
-        ).confidence_interval
-    return {"difference": float((a - b).mean()), "low": float(low), "high": float(high), "p": float(p)}
-
-
-def summary(lines: list[Line], domains: Sequence[Domain]) -> list[Line]:
-    """A row for each task and arm: accuracies, and the difference to the unsteered model by the task's metric.
-
-    Draws of an arm are rows by themselves. `holm` is p after Holm's correction over the expert's arms of all tasks.
-    """
-    rows = []
-    for domain in domains:
-        for task, metric in domain.tasks.items():
-            tests = [
-                line for line in lines if (line["domain"], line["task"], line["split"]) == (domain.name, task, "test")
-            ]
-            base = next((line for line in tests if line["arm"] == "unsteered"), None)
-            if base is None:
-                continue
-            for line in tests:
-                accuracies = {m: float(np.mean(line[m])) for m in ("acc", "acc_norm", "acc_mutual_info") if m in line}
-                about = {k: line[k] for k in ("domain", "task", "arm", "draw", "dose", "n")}
-                rows.append({**about, "metric": metric, **accuracies, **compared(line[metric], base[metric])})
-    own = sorted((row for row in rows if row["arm"] in ("expert", "expert_rfm", "paper")), key=lambda row: row["p"])
-    worst = 0.0
-    for place, row in enumerate(own):
-        worst = max(worst, min(1.0, row["p"] * (len(own) - place)))
-        row["holm"] = worst
-    return rows
-
-
-def table(rows: list[Line]) -> str:
-    """The rows in Markdown."""
-    names = ("acc", "acc_norm", "acc_mutual_info")
-    head = ["task", "arm", "n", "dose", *names, "difference", "McNemar p", "Holm"]
-    out = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        seen = [f"{row[m]:.3f}" + ("*" if m == row["metric"] else "") if m in row else "" for m in names]
-        gap = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if row["arm"] != "unsteered" else ""
-        p = f"{row['p']:.3f}" if row["arm"] != "unsteered" else ""
-        arm = row["arm"] + (f" {row['draw']}" if row["arm"] in ("untrained", "permuted", "random") else "")
-        cells = [
-            row["task"],
-            arm,
-            str(row["n"]),
-            f"{row['dose']:g}",
-            *seen,
-            gap,
-            p,
-            f"{row['holm']:.3f}" if "holm" in row else "",
-        ]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*out, "", "*: the metric that decides, in which differences to the unsteered model are told."])
-
-
-def draw(rows: list[Line]) -> Any:
-    """Differences to the unsteered model with their intervals, a panel for each task."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    fig, axes = figure(4.5 * len(tasks), 5, columns=len(tasks))
-    for ax, task in zip(np.atleast_1d(axes), tasks, strict=True):
-        mine = [row for row in rows if row["task"] == task and row["arm"] != "unsteered"]
-        for y, row in enumerate(reversed(mine)):
-            error = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
-            color = "C3" if row["arm"].startswith(("expert", "paper")) else "0.4"
-            ax.errorbar(row["difference"], y, xerr=np.clip(error, 0, None), fmt="o", ms=4, capsize=2, color=color)
-        ax.set_yticks(range(len(mine)), [f"{row['arm']} {row['draw'] or ''}" for row in reversed(mine)], fontsize=7)
-        ax.axvline(0, color="0.7", lw=0.8)
-        ax.set_title(f"{task}, {mine[0]['metric'] if mine else ''}", fontsize=9)
-        ax.set_xlabel("accuracy less that of the unsteered model", fontsize=8)
-    return fig
-
-
 def describe(domain: Domain, tasks: Tasks) -> str:
     """Names and shapes of a domain, resolved without weights."""
     said = [f"{domain.name}:"]
@@ -327,11 +235,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--remote-expert", nargs="?", const=True, default=False, help="the same for the expert")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, with names and shapes resolved")
+    parser.add_argument(
+        "--redraw", action="store_true", help="measure nothing: table and figure of the results in --out"
+    )
     args = parser.parse_args(argv)
     chosen = [d for d in SCALES[args.scale] if not args.domains or d.name in args.domains]
     if not chosen:
         parser.error(f"no such domain: there are {', '.join(d.name for d in SCALES[args.scale])}.")
     chosen = [replace(d, expert=args.expert or d.expert, target=args.target or d.target) for d in chosen]
+    if args.redraw:
+        report(chosen, args.out)
+        return
     named = [name for domain in chosen for name in (domain.fit, *domain.tasks)]
     tasks = Tasks(args.data, every=not all(name.startswith("local_") for name in named))
     if args.dry_run:
@@ -339,10 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     for domain in chosen:
         run(domain, tasks, args)
-    rows = summary(read_lines(args.out / "results.jsonl"), chosen)
-    (args.out / "table.md").write_text(table(rows) + "\n")
-    draw(rows).savefig(args.out / "differences.png", dpi=110)
-    print(table(rows))
+    report(chosen, args.out)
 
 
 def run(domain: Domain, tasks: Tasks, args: Any) -> None:

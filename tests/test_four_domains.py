@@ -13,7 +13,8 @@ from question_sets import write_sets
 
 from recipes import four_domains
 from recipes.domain_settings import SCALES, Domain
-from recipes.four_domains import compared, main, read_lines, summary, table
+from recipes.domain_tables import compared, read_lines, summary, table
+from recipes.four_domains import main
 
 ARMS = {
     "expert_itself",
@@ -78,6 +79,12 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
     assert n > 12 and all(len(line["acc_norm"]) == n for line in tests)
     assert len(table(summary(lines, SCALES["small"])).splitlines()) == 2 + len(tests) + 2
     assert (out / "differences.png").stat().st_size > 10_000 and "McNemar" in (out / "table.md").read_text()
+
+    (out / "table.md").unlink()
+    main([*command, "--redraw"])
+    assert "McNemar" in (out / "table.md").read_text()
+    with pytest.raises(ValueError, match="holds no results of medical"):
+        main([*command, "--redraw", "--out", str(out / "nothing")])
 
     # what is there is not measured again; a line that was cut off is
     text = (out / "results.jsonl").read_text().splitlines(keepends=True)
