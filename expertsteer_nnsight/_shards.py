@@ -89,8 +89,10 @@ def open_cache(folder: Path, settings: dict[str, Any]) -> tuple[set[int], tuple[
                 f"The cache {folder} was made with another {', '.join(differ)}: pass another folder, or delete this one."
             )
         return {i for shard in shards_of(folder) for i in shard_index(shard)}, tuple(stored["layers"])
-    temporary = manifest.with_suffix(".partial")
-    if any(file != temporary for file in folder.iterdir()):
+    temporary = folder / f"{manifest.stem}.{os.getpid()}.partial"
+    if any(not (file.name.startswith(manifest.stem) and file.suffix == ".partial") for file in folder.iterdir()):
+        if manifest.exists():  # another process has made it since
+            return open_cache(folder, settings)
         raise ValueError(
             f"The folder {folder} is not empty and holds no activations: pass an empty or a new one as cache=."
         )

@@ -387,6 +387,22 @@ def test_functions_that_choose_the_same_tokens_share_a_cache(tmp_path):
         collect(model, TEXTS, position=lambda ids: 0, cache=tmp_path, progress=False)
 
 
+def test_processes_share_a_new_cache(tmp_path):
+    code = """
+import sys
+sys.path.insert(0, "tests")
+import tiny, torch, warnings
+from expertsteer_nnsight import collect, example
+torch.set_num_threads(1)
+print(float(collect(tiny.build(), example("general")[:60], cache=sys.argv[1], shard_size=2, batch_size=2, progress=False)[1].sum()))
+"""
+    for n in range(2):
+        command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / str(n))]
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+        sums = [process.communicate()[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0] and sums[0] == sums[1]
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("important")
     with pytest.raises(ValueError, match="is not empty and holds no activations: pass an empty or a new one"):
@@ -395,7 +411,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_a_run_that_was_cut_off_before_its_manifest_is_no_foreign_folder(tmp_path):
-    (tmp_path / "manifest.partial").write_text('{"mod')
+    (tmp_path / "manifest.77.partial").write_text('{"mod')
     found = collect(tiny(), TEXTS, cache=tmp_path, progress=False)
     same(found, collect(tiny(), TEXTS, progress=False))
     assert "texts" in json.loads((tmp_path / "manifest.json").read_text())
