@@ -32,24 +32,33 @@ def compared(steered: Sequence[int], unsteered: Sequence[int]) -> Line:
     gained, lost = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     low, high = (0.0, 0.0)
-    if gained + lost:
+    if gained + lost and len(a) > 1:
         low, high = bootstrap(
             ((a - b).astype(float),), np.mean, method="percentile", rng=np.random.default_rng(0)
         ).confidence_interval
     return {"difference": float((a - b).mean()), "low": float(low), "high": float(high), "p": float(p)}
 
 
-def summary(lines: list[Line], domains: Sequence[Domain]) -> list[Line]:
+def place(domain: Domain, args: Any) -> dict[str, str]:
+    """What lines of one experiment share: the domain, and what else their numbers depend on."""
+    names = (domain.expert, domain.target, domain.fit)
+    told = (
+        f"seed {args.seed} kl {args.kl} doses {args.doses} limits {args.limit} {args.validation} anchors {args.anchors}"
+    )
+    return {"domain": domain.name, "settings": " ".join((*names, told))}
+
+
+def summary(lines: list[Line], domains: Sequence[Domain], args: Any) -> list[Line]:
     """A row for each task and arm: accuracies, and the difference to the unsteered model by the task's metric.
 
-    Draws of an arm are rows by themselves. `holm` is p after Holm's correction over the expert's arms of all tasks.
+    Draws of an arm are rows by themselves. `holm` is p after Holm's correction over the expert's arms of all tasks that were
+    measured with these settings.
     """
     rows = []
     for domain in domains:
+        mine = [line for line in lines if place(domain, args).items() <= line.items() and line["split"] == "test"]
         for task, metric in domain.tasks.items():
-            tests = [
-                line for line in lines if (line["domain"], line["task"], line["split"]) == (domain.name, task, "test")
-            ]
+            tests = [line for line in mine if line["task"] == task]
             base = next((line for line in tests if line["arm"] == "unsteered"), None)
             if base is None:
                 continue
@@ -59,8 +68,8 @@ def summary(lines: list[Line], domains: Sequence[Domain]) -> list[Line]:
                 rows.append({**about, "metric": metric, **accuracies, **compared(line[metric], base[metric])})
     own = sorted((row for row in rows if row["arm"] in ("expert", "expert_rfm", "paper")), key=lambda row: row["p"])
     worst = 0.0
-    for place, row in enumerate(own):
-        worst = max(worst, min(1.0, row["p"] * (len(own) - place)))
+    for place_, row in enumerate(own):
+        worst = max(worst, min(1.0, row["p"] * (len(own) - place_)))
         row["holm"] = worst
     return rows
 
@@ -106,17 +115,15 @@ def draw(rows: list[Line]) -> Any:
     return fig
 
 
-def report(domains: Sequence[Domain], out: Path) -> None:
+def report(domains: Sequence[Domain], args: Any) -> None:
     """Writes the table and the figure of the results in a folder, and prints the table.
 
     Raises:
-        ValueError: there are no results of these domains.
+        ValueError: there are no results of these domains with these settings.
     """
-    rows = summary(read_lines(out / "results.jsonl"), domains)
+    rows = summary(read_lines(args.out / "results.jsonl"), domains, args)
     if not rows:
-        raise ValueError(
-            f"{out} holds no results of {', '.join(d.name for d in domains)}: measure first, or name another --out."
-        )
-    (out / "table.md").write_text(table(rows) + "\n")
-    draw(rows).savefig(out / "differences.png", dpi=110)
+        raise ValueError(f"{args.out} holds no results with these settings: measure first, or name another --out.")
+    (args.out / "table.md").write_text(table(rows) + "\n")
+    draw(rows).savefig(args.out / "differences.png", dpi=110)
     print(table(rows))

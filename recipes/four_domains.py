@@ -26,7 +26,7 @@ import expertsteer_nnsight as es
 from expertsteer_nnsight.packaged_models import resolve
 from expertsteer_nnsight.texts import texts_hash
 from recipes.domain_settings import SCALES, Domain
-from recipes.domain_tables import Line, read_lines, report
+from recipes.domain_tables import Line, place, read_lines, report
 from recipes.steer_on_ndif import load
 
 PAIRS = 200  # labelled pairs, at most
@@ -75,22 +75,50 @@ class Tasks:
             }
 
 
+def contrasted(rows: Sequence[Line], count: int, seed: int) -> dict[int, Line]:
+    """Some of the rows, by number, with their right option and one wrong one.
+
+    The wrong one is drawn. Where all rows offer the same options, each of these is as often right as wrong, so that no option
+    tells the label.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(rows)).tolist()
+    right = [row["options"][row["answer"]] for row in rows]
+    others = [sorted({*row["options"]} - {text}) for row, text in zip(rows, right, strict=True)]
+    of = {text: [i for i in order if right[i] == text] for text in rows[0]["options"]} if rows else {}
+    if all({*row["options"]} == {*of} for row in rows) and all(of.values()):
+        most = min(count // len(of), *(len(found) for found in of.values()))
+        each = most - most % (len(of) - 1)  # so that it can be divided among the others
+        wrong = {i: others[i][n % len(others[i])] for found in of.values() for n, i in enumerate(found[:each])}
+    else:
+        wrong = {i: others[i][rng.integers(len(others[i]))] for i in order[:count]}
+    return {i: {"question": rows[i]["question"], "options": [right[i], o], "answer": 0} for i, o in wrong.items()}
+
+
 def texts_of(tasks: Tasks, name: str, seed: int, anchors: int | None = None) -> tuple[es.ContrastPairs, list[str]]:
-    """Labelled pairs, and anchors: general texts and questions of the domain that no pair has."""
+    """Labelled pairs, and anchors: general texts and questions of the domain that no pair has.
+
+    Raises:
+        ValueError: too few training items.
+    """
     rows = list(tasks.rows(name))
-    order = np.random.default_rng(seed).permutation(len(rows))
-    used = min(PAIRS, len(rows) // 2)
-    pairs = es.ContrastPairs.from_choices([rows[i] for i in order[:used]])
-    taken = {rows[i]["question"] for i in order[:used]}
-    others = [rows[i]["question"] for i in order[used:] if rows[i]["question"] not in taken]
-    return pairs, [*es.example("general")[:anchors], *others[:READ]]
+    chosen = contrasted(rows, min(PAIRS, len(rows) // 2), seed)
+    if not chosen:
+        raise ValueError(
+            f"{name} has {len(rows)} training items, of which no pairs can be made: name another task in fit."
+        )
+    taken = {row["question"] for row in chosen.values()}
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    others = [rows[i]["question"] for i in order if i not in chosen and rows[i]["question"] not in taken]
+    return es.ContrastPairs.from_choices(list(chosen.values())), [*es.example("general")[:anchors], *others[:READ]]
 
 
 def fitted(domain: Domain, models: tuple[Any, Any], tasks: Tasks, args: Any) -> dict[str, list[es.SteeringPlan]]:
     """The plans of every arm that is a plan, all at the layers of the recommended one unless they are the paper's."""
     expert, target = models
     pairs, anchors = texts_of(tasks, domain.fit, args.seed, args.anchors)
-    where: dict[str, Any] = {"cache": args.out / "states" / f"{domain.name}-{texts_hash([*pairs.texts, *anchors])[:8]}"}
+    key = texts_hash([domain.expert, domain.target, *pairs.texts, *anchors])[:8]
+    where: dict[str, Any] = {"cache": args.out / "states" / f"{domain.name}-{key}"}
     far = {"remote_expert": args.remote_expert, "remote_target": args.remote}
     paper = es.ExpertSteer.paper(random_state=args.seed)
     papers = [paper.fit(expert, target, pairs, anchors, **where, **far)]  # first: its layers hold those of the others
@@ -120,13 +148,7 @@ class Measuring:
         self.domain, self.models, self.tasks, self.args = domain, models, tasks, args
         self.path = args.out / "results.jsonl"
         self.lines = read_lines(self.path)
-        names = (domain.expert, domain.target, domain.fit)
-        self.place = {
-            "domain": domain.name,
-            "settings": " ".join(
-                (*names, f"seed {args.seed} kl {args.kl} limits {args.limit} {args.validation} anchors {args.anchors}")
-            ),
-        }
+        self.place = place(domain, args)
 
     def line(
         self, task: str, split: str, arm: str, draw: int, dose: float, plan: Any, instruction: str | None = None
@@ -186,13 +208,13 @@ class Measuring:
         return float(np.mean(self.line(task, "validation", name, draw, dose, dose * plan)[metric]))
 
 
-def describe(domain: Domain, tasks: Tasks) -> str:
+def describe(domain: Domain, tasks: Tasks, args: Any) -> str:
     """Names and shapes of a domain, resolved without weights."""
     said = [f"{domain.name}:"]
     for role, name in (("expert", domain.expert), ("target", domain.target)):
         identity = es.Residual(load(resolve(name), here=False))
         said.append(f"  {role} {name}: {identity.n_layers} layers, width {identity.hidden_size}")
-    pairs, anchors = texts_of(tasks, domain.fit, 0)
+    pairs, anchors = texts_of(tasks, domain.fit, args.seed, args.anchors)
     said.append(
         f"  {len(pairs)} pairs of {domain.fit}, {len(anchors)} anchors; the first pair: {pairs.texts[:2]!r:.300}"
     )
@@ -239,21 +261,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--redraw", action="store_true", help="measure nothing: table and figure of the results in --out"
     )
     args = parser.parse_args(argv)
-    chosen = [d for d in SCALES[args.scale] if not args.domains or d.name in args.domains]
-    if not chosen:
-        parser.error(f"no such domain: there are {', '.join(d.name for d in SCALES[args.scale])}.")
-    chosen = [replace(d, expert=args.expert or d.expert, target=args.target or d.target) for d in chosen]
+    every = [replace(d, expert=args.expert or d.expert, target=args.target or d.target) for d in SCALES[args.scale]]
+    unknown = sorted(set(args.domains or ()) - {d.name for d in every})
+    if unknown:
+        parser.error(f"no such domain: {', '.join(unknown)}; there are {', '.join(d.name for d in every)}.")
+    if not args.doses:
+        parser.error("--doses needs at least one dose.")
+    chosen = [d for d in every if not args.domains or d.name in args.domains]
     if args.redraw:
-        report(chosen, args.out)
+        report(every, args)
         return
     named = [name for domain in chosen for name in (domain.fit, *domain.tasks)]
     tasks = Tasks(args.data, every=not all(name.startswith("local_") for name in named))
     if args.dry_run:
-        print("\n".join(describe(domain, tasks) for domain in chosen))
+        print("\n".join(describe(domain, tasks, args) for domain in chosen))
         return
     for domain in chosen:
         run(domain, tasks, args)
-    report(chosen, args.out)
+    report(every, args)
 
 
 def run(domain: Domain, tasks: Tasks, args: Any) -> None:

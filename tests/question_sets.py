@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 INSTRUCTED = {
@@ -13,6 +14,12 @@ INSTRUCTED = {
     "the box, as _ was too large.\n\nOption1: the cup Option2: the box Answer format: option1/option2",
 }
 KINDS = {"ARC-Challenge": "ARC-Easy", "openbookqa": "ARC-Easy", "social_i_qa": "ARC-Easy"}
+
+
+def said(*key):
+    """Eight made-up words, so that no two questions of a set are variants of one."""
+    found = hashlib.sha256(repr(key).encode()).hexdigest().translate(str.maketrans("0123456789", "ghijklmnop"))
+    return " ".join(found[i : i + 8] for i in range(0, 64, 8))
 
 
 def write_sets(out, count=12):
@@ -31,7 +38,7 @@ def write_sets(out, count=12):
         json.dumps(
             [
                 {
-                    "Body": f"{n} boys had {n + 5} marbles and lost 2.",
+                    "Body": f"{n} boys had {n + 5} marbles and lost 2 {said(n)}.",
                     "Question": "How many are left?",
                     "Equation": f"( {n + 5}.0 - 2.0 )",
                     "Answer": n + 3.0,
@@ -43,7 +50,7 @@ def write_sets(out, count=12):
     for file in ("dev", "test"):
         rows = [
             {
-                "question": f"What is {n} + 1?",
+                "question": f"What is {n} + 1? {said(file, n)}",
                 "options": [f"{k}){n + i}" for i, k in enumerate("ABCDE")],
                 "correct": "B",
             }
@@ -52,12 +59,20 @@ def write_sets(out, count=12):
         write(f"aqua_rat/{file}.json", lines(rows))
     for name in ("medqa", "medmcqa"):
         rows = [
-            {"question": f"{n}. What do bones hold?", "options": {"A": "air", "B": "calcium"}, "answer_idx": "B"}
+            {
+                "question": f"{n}. What do bones hold? {said(n)}",
+                "options": {"A": "air", "B": "calcium"},
+                "answer_idx": "B",
+            }
             for n in some
         ]
         write(f"{name}/test.jsonl", lines(rows))
     asked = {
-        str(n): {"QUESTION": f"{n}: does it help?", "CONTEXTS": ["It did.", "Much."], "final_decision": "yes"}
+        str(n): {
+            "QUESTION": f"{n}: does it help? {said(n)}",
+            "CONTEXTS": [f"It did {said(n)}.", "Much."],
+            "final_decision": "yes",
+        }
         for n in some
     }
     write("pubmedqa/ori_pqal.json", json.dumps(asked))
@@ -65,11 +80,16 @@ def write_sets(out, count=12):
     head = ["question", "choices", "answer", "error_type"]
     for name, delimiter in (("anatomy", ","), ("marketing", ";"), ("elementary_mathematics", ","), ("philosophy", ",")):
         rows = [
-            [f'"{n}. Which\none?"', "\"['a', 'b', 'c', 'd']\"", "2", "ok" if n else "bad_question_clarity"]
+            [
+                f'"{n}. Which\none? {said(name, n)}"',
+                "\"['a', 'b', 'c', 'd']\"",
+                "2",
+                "ok" if n else "bad_question_clarity",
+            ]
             for n in some
         ]
         write(f"mmlu_redux/mmlu_{name}.csv", "".join(delimiter.join(r) + "\n" for r in [head, *rows]))
-    text = "".join(f"Profit rose {n} % at the {n}é mill, said x@y .@positive\n" for n in some)
+    text = "".join(f"Profit rose {n} % at the {n}é mill, {said(n)} said x@y .@positive\n" for n in some)
     write("financial_phrasebank/Sentences_75Agree.txt", text, "latin-1")
     write(
         "tatqa/tatqa_dataset_dev.json",
@@ -78,7 +98,11 @@ def write_sets(out, count=12):
                 {
                     "table": {"table": [["", "2019", "2018"], [f"Sales {n}", "$1,2", "7.5"], ["Costs", "3", "4 each"]]},
                     "questions": [
-                        {"question": f"{n}: what were the sales in 2018?", "answer": ["7.5"], "answer_type": "span"},
+                        {
+                            "question": f"{n}: what were the sales in 2018? {said(n)}",
+                            "answer": ["7.5"],
+                            "answer_type": "span",
+                        },
                         {"question": "What was sold?", "answer": ["Sales"], "answer_type": "span"},
                         {"question": "By how much did it rise?", "answer": 3, "answer_type": "arithmetic"},
                     ],
@@ -88,9 +112,8 @@ def write_sets(out, count=12):
         ),
     )
     for name in (*INSTRUCTED, *KINDS):
-        rows = [
-            {"instruction": INSTRUCTED[KINDS.get(name, name)].replace("{n}", str(n)), "answer": "answer1"} for n in some
-        ]
         for split in ("train", "test"):
+            text = INSTRUCTED[KINDS.get(name, name)]
+            rows = [{"instruction": text.replace("{n}", f"{n} {said(split, n)}"), "answer": "answer1"} for n in some]
             write(f"commonsense_mc/{name}/{split}.json", json.dumps(rows))
     return out

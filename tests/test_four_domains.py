@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,8 @@ from question_sets import write_sets
 
 from recipes import four_domains
 from recipes.domain_settings import SCALES, Domain
-from recipes.domain_tables import compared, read_lines, summary, table
-from recipes.four_domains import main
+from recipes.domain_tables import compared, place, read_lines, summary
+from recipes.four_domains import contrasted, main
 
 ARMS = {
     "expert_itself",
@@ -77,14 +78,16 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
     assert {line["n"] for line in lines if line["split"] == "validation"} == {12}
     (n,) = {line["n"] for line in tests}
     assert n > 12 and all(len(line["acc_norm"]) == n for line in tests)
-    assert len(table(summary(lines, SCALES["small"])).splitlines()) == 2 + len(tests) + 2
+    assert len((out / "table.md").read_text().splitlines()) == 2 + len(tests) + 2
     assert (out / "differences.png").stat().st_size > 10_000 and "McNemar" in (out / "table.md").read_text()
 
     (out / "table.md").unlink()
     main([*command, "--redraw"])
     assert "McNemar" in (out / "table.md").read_text()
-    with pytest.raises(ValueError, match="holds no results of medical"):
+    with pytest.raises(ValueError, match="holds no results with these settings"):
         main([*command, "--redraw", "--out", str(out / "nothing")])
+    with pytest.raises(ValueError, match="holds no results with these settings"):
+        main([*command, "--redraw", "--doses", "1"])
 
     # what is there is not measured again; a line that was cut off is
     text = (out / "results.jsonl").read_text().splitlines(keepends=True)
@@ -122,18 +125,67 @@ def test_paired_statistics():
     assert few["p"] == pytest.approx(2 * sum(math.comb(4, k) for k in (3, 4)) / 16)
 
 
-def test_holms_correction_counts_the_experts_arms():
-    domain = Domain("d", "e", "t", "task", {"task": "acc"}, "")
-    base = [0] * 10
-    arms = {"unsteered": base, "expert": [1] * 6 + [0] * 4, "paper": [1] * 5 + [0] * 5, "random": [1] * 9 + [0]}
-    lines = [
-        {"domain": "d", "task": "task", "split": "test", "arm": arm, "draw": 0, "dose": 1.0, "n": 10, "acc": acc}
-        for arm, acc in arms.items()
+def settings(**changes):
+    given = {"seed": 0, "kl": 1.0, "limit": None, "validation": None, "anchors": None, "doses": [1.0]}
+    return SimpleNamespace(**{**given, **changes})
+
+
+def results(args, domain, base, **arms):
+    return [
+        {
+            **place(domain, args),
+            "task": "task",
+            "split": "test",
+            "arm": arm,
+            "draw": 0,
+            "dose": 1.0,
+            "n": 10,
+            "acc": acc,
+        }
+        for arm, acc in {"unsteered": base, **arms}.items()
     ]
-    rows = {row["arm"]: row for row in summary(lines, [domain])}
+
+
+def test_holms_correction_counts_the_experts_arms_of_all_domains():
+    first, second = (Domain(name, "e", "t", "task", {"task": "acc"}, "") for name in "ab")
+    arms = {"expert": [1] * 6 + [0] * 4, "paper": [1] * 5 + [0] * 5, "random": [1] * 9 + [0]}
+    lines = results(settings(), first, [0] * 10, **arms)
+    rows = {row["arm"]: row for row in summary(lines, [first, second], settings())}
     assert rows["expert"]["holm"] == pytest.approx(2 * rows["expert"]["p"])
     assert rows["paper"]["holm"] == pytest.approx(max(rows["paper"]["p"], rows["expert"]["holm"]))
     assert "holm" not in rows["random"]
+    lines += results(settings(), second, [0] * 10, expert=[0] * 10)
+    rows = [row for row in summary(lines, [first, second], settings()) if row["domain"] == "a"]
+    assert {row["arm"]: row for row in rows}["expert"]["holm"] == pytest.approx(3 * rows[1]["p"])
+
+
+def test_results_of_other_settings_and_models_are_left_alone():
+    domain, other = (Domain("a", "e", target, "task", {"task": "acc"}, "") for target in "tu")
+    lines = [
+        *results(settings(), other, [1] * 10, expert=[0] * 10),
+        *results(settings(kl=2.0), domain, [1] * 10, expert=[1] * 10),
+        *results(settings(limit=5), domain, [1] * 5, expert=[1] * 5),
+        *results(settings(doses=[0.5]), domain, [1] * 10, expert=[1] * 10),
+        *results(settings(), domain, [0] * 10, expert=[1] * 10),
+    ]
+    rows = summary(lines, [domain], settings())
+    assert [(row["arm"], row["acc"], row["difference"]) for row in rows] == [("unsteered", 0, 0), ("expert", 1, 1)]
+    assert compared([1], [0])["difference"] == 1  # one item has no interval
+
+
+def test_no_option_tells_the_label():
+    rows = [
+        {"question": f"q{i}", "options": ["no", "maybe", "yes"], "answer": int(i % 10 > 3) + (i % 10 > 8)}
+        for i in range(300)
+    ]
+    chosen = contrasted(rows, 60, 0)
+    right, wrong = (Counter(row["options"][k] for row in chosen.values()) for k in (0, 1))
+    assert right == wrong and set(right) == {"no", "maybe", "yes"} and 50 < sum(right.values()) <= 60
+    assert all(rows[i]["options"][rows[i]["answer"]] == row["options"][0] for i, row in chosen.items())
+    # where options differ, the wrong one is drawn
+    rows = [{"question": f"q{i}", "options": [f"r{i}", "a", f"b{i}"], "answer": 0} for i in range(300)]
+    share = sum(row["options"][1] == "a" for row in contrasted(rows, 200, 0).values()) / 200
+    assert 0.35 < share < 0.65
 
 
 def test_every_named_task_and_metric_is_there(command):
@@ -150,7 +202,7 @@ def test_every_named_task_and_metric_is_there(command):
 )
 def test_the_dose_is_what_does_best_on_validation_items_and_the_smaller_of_equals(found, chosen, tmp_path, monkeypatch):
     doses = [0.25, 0.5, 1.0]
-    args = SimpleNamespace(out=tmp_path, seed=0, kl=1.0, limit=None, validation=None, anchors=None, doses=doses)
+    args = settings(out=tmp_path, doses=doses)
     measuring = four_domains.Measuring(Domain("d", "e", "t", "task", {"task": "acc"}, ""), None, None, args)
     asked = []
 

@@ -1,13 +1,14 @@
 """Readers of public question sets, for lm-evaluation-harness: each gives the splits of one set from a folder of its files.
 
 A row is `question`, `choices` (texts), `answer` (number of the right one) and `context`, which may be empty. Where a set has no
-splits of its own, they are made here (`splits`), and a row stays in its split whatever else the file holds.
+splits of its own, they are made here (`splits`); variants of one question stay in one split.
 """
 
 from __future__ import annotations
 
 import ast
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -153,20 +154,56 @@ def instructed(folder: Path, name: str, split: str) -> Iterator[Row]:
         yield row(question, options, int(item["answer"][-1]) - 1)
 
 
+def kept(rows: Iterable[Row]) -> list[Row]:
+    """The rows whose options differ: of equal ones no answer is right."""
+    return [item for item in rows if len(set(item["choices"])) == len(item["choices"])]
+
+
+def families(rows: list[Row], alike: float = 0.7) -> list[int]:
+    """A number for each row, the same for variants of one question and for questions on one context.
+
+    Variants share at least `alike` of their words (Jaccard index), numbers apart, directly or by way of further ones.
+    """
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    vectorizer = CountVectorizer(binary=True, token_pattern=r"[^\W\d_]+", dtype=np.float32)
+    words: Any = vectorizer.fit_transform([r["question"] + " x" for r in rows])
+    size, links = np.asarray(words.sum(1)).ravel(), []
+    for start in range(0, len(rows), 512):
+        both = (words[start : start + 512] @ words.T).toarray()
+        first, second = np.nonzero(both >= alike * (size[start : start + 512, None] + size - both))
+        links.append(np.stack([first + start, second]))
+    places: dict[str, int] = {}
+    same = [(i, places.setdefault(r["context"], i)) for i, r in enumerate(rows) if r["context"]]
+    i, j = np.concatenate([*links, np.array(same, dtype=int).reshape(-1, 2).T], 1)
+    return connected_components(coo_array((np.ones(len(i)), (i, j)), (len(rows), len(rows))))[1].tolist()
+
+
 def splits(rows: Iterable[Row], train: float = 0.4, validation: float = 0.1) -> dict[str, list[Row]]:
-    """Splits by a hash of how a question begins, so that variants of one question stay together."""
+    """Splits by a hash, in which variants of one question, and questions on one context, stay together."""
+    rows = kept(rows)
+    names = families(rows)
+    named: dict[int, str] = {}
+    for item, name in zip(rows, names, strict=True):
+        named[name] = min(named.get(name, item["question"]), item["question"])
     found: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
-    for item in rows:
-        place = int(hashlib.sha256(item["question"][:30].encode()).hexdigest()[:8], 16) / 16**8
-        name = "train" if place < train else "validation" if place < train + validation else "test"
-        found[name].append(item)
+    for item, name in zip(rows, names, strict=True):
+        place = int(hashlib.sha256(named[name].encode()).hexdigest()[:8], 16) / 16**8
+        split = "train" if place < train else "validation" if place < train + validation else "test"
+        found[split].append(item)
     return found
 
 
 def _with_test(train: Iterable[Row], test: Iterable[Row]) -> dict[str, list[Row]]:
-    """Splits of a set that has a test split of its own."""
-    rest = splits(train, 0.8, 0.2)
-    return {"train": rest["train"], "validation": rest["validation"] + rest["test"], "test": list(test)}
+    """Splits of a set that has a test split of its own, without training items that are variants of a test item."""
+    train, test = kept(train), kept(test)
+    names = families([*train, *test])
+    tested = set(names[len(train) :])
+    rest = splits([item for item, name in zip(train, names, strict=False) if name not in tested], 0.8, 0.2)
+    return {"train": rest["train"], "validation": rest["validation"] + rest["test"], "test": test}
 
 
 def _instructed(folder: Path, name: str, own: bool) -> dict[str, list[Row]]:
@@ -198,6 +235,7 @@ READERS: dict[str, Callable[[Path], dict[str, list[Row]]]] = {
 }
 
 
+@functools.cache
 def read(name: str, folder: str | Path) -> dict[str, list[Row]]:
     """Splits `train`, `validation` and `test` of a set.
 
