@@ -123,9 +123,8 @@ class in_step:
     def __enter__(self) -> in_step:
         return self
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if kind is OutOfOrderError:
             if self.step > 0 and not self.begun:
                 raise GreenletExit
             raise RuntimeError(self.late) from None
-        return False

@@ -88,11 +88,15 @@ def fit(
     remote_target: RemoteTarget = None,
 ) -> None:
     """Make a plan from contrast pairs, and calibrate its strength."""
+    if kl < 0:
+        raise ValueError(f"--kl is {kl:g}: a budget is above 0, and 0 leaves the plan as it was fitted.")
+    texts, calm = _texts(pairs, anchors), _neutral(neutral)
     models = _model(expert, remote_expert), _model(target, remote_target)
     steer = getattr(es.ExpertSteer, preset)(random_state=seed)
-    plan = steer.fit(*models, *_texts(pairs, anchors), cache=cache, **_where(remote_expert, remote_target))
+    plan = steer.fit(*models, *texts, cache=cache, **_where(remote_expert, remote_target))
     if kl:
-        plan = es.calibrate(plan, models[1], _neutral(neutral), kl, remote=_host(remote_target), progress=True)
+        plan.save(out)  # should the calibration fail
+        plan = es.calibrate(plan, models[1], calm, kl, remote=_host(remote_target), progress=True)
     plan.save(out)
     typer.echo(f"{plan}\nWrote {out}.")
 
@@ -120,7 +124,7 @@ def generate(
 
     steering = _loaded(plan, dose)
     wrapped = _model(_target(steering, model), remote)
-    steering = steering if model is None else es.SteeringPlan(steering.vectors)
+    steering = _fitting(steering, model)
     texts: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
     for name, arm in {**({"unsteered": None} if unsteered else {}), "steered": steering}.items():
         torch.manual_seed(seed)
@@ -157,11 +161,12 @@ def receipt(
 ) -> None:
     """Measure a plan's effect, cost and controls at equal KL; the plan is fitted again for its controls."""
     tested = _loaded(plan)
-    named = expert or (tested.info.get("expert") or {}).get("id")
+    known = tested.info.get("expert")
+    named = expert or (known.get("id") if isinstance(known, dict) else known)
     if not named:
         raise ValueError(f"{plan} does not say which expert it came from: name it with --expert.")
     models = _model(named, remote_expert), _model(_target(tested, model), remote_target)
-    labelled, texts = _texts(pairs, anchors)
+    measured, labelled, texts = _effect(effect), *_texts(pairs, anchors)
     hashes = {"labelled_hash": texts_hash(labelled.texts), "anchors_hash": texts_hash(texts)}
     known = tested.info.get("data", {})
     if any(known.get(k, v) != v for k, v in hashes.items()):
@@ -174,7 +179,13 @@ def receipt(
     steer.fit(*models, labelled, texts, cache=cache, **where)
     controls = steer.controls(*models, labelled, texts, untrained=untrained, draws=draws, cache=cache, **where)
     found = es.receipt(
-        tested, models[1], _effect(effect), _neutral(neutral), controls, draws=draws, remote=_host(remote_target)
+        _fitting(tested, model),
+        models[1],
+        measured,
+        _neutral(neutral),
+        controls,
+        draws=draws,
+        remote=_host(remote_target),
     )
     found.plan.save(out or plan)
     typer.echo(f"{found}\nWrote {out or plan}.")
@@ -211,8 +222,9 @@ def export(
     if to == Format.hub:
         typer.echo(f"Wrote {taken.push_to_hub(out)}")
         return
-    wrapped = _model(_target(taken, model), "names") if to == Format.lm_eval else None
-    typer.echo(f"Wrote {EXPORTS[to](taken, out, wrapped)}.")
+    wrapped = _model(_target(taken, model), "names") if to == Format.lm_eval or model else None
+    written = EXPORTS[to](_fitting(taken, model), out, wrapped)
+    typer.echo(f"Wrote {written}. Its reader steers every token, also a <bos>, and knows of no dose.")
 
 
 def main() -> None:
@@ -229,11 +241,12 @@ def main() -> None:
 
 def _loaded(path: Path, dose: float | None = None) -> es.SteeringPlan:
     plan = es.SteeringPlan.load(path)
-    if dose is None:
-        return plan
-    if plan.dose is None:
-        raise ValueError(f"--dose scales a calibrated plan, and {path} is not: fit it with --kl, or leave --dose out.")
-    return plan * (dose / plan.dose)
+    return plan if dose is None else plan.at_dose(dose)
+
+
+def _fitting(plan: es.SteeringPlan, model: str | None) -> es.SteeringPlan:
+    # with --model it is for a model of any name; width and depth must fit
+    return plan if model is None else es.SteeringPlan(plan.vectors, None, plan.info)
 
 
 def _model(name: str, remote: str | None) -> Any:
@@ -276,7 +289,12 @@ def _neutral(path: Path | None) -> list[Any]:
 
 def _effect(path: Path | None) -> Any:
     found = es.example("sentiment_probe") if path is None else json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"An effect's file holds an object, but {path} a {type(found).__name__}.")
     if "items" in found:
+        wrong = next((item for item in found["items"] if isinstance(item, str) or len(item) != 3), None)
+        if wrong is not None:
+            raise ValueError(f"An item of {path} is a prompt, a text and the other text, but one is {wrong!r:.60}.")
         return es.Choices([tuple(item) for item in found["items"]])
     prompts = found.get("prompts", found.get("test_prompts"))
     if prompts is None or not {"positive_words", "negative_words"} <= set(found):

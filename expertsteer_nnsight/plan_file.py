@@ -38,9 +38,9 @@ def save_plan(plan: SteeringPlan, path: str | Path) -> Path:
     """Writes `plan`; the file appears whole or not at all."""
     tensors, vectors = {}, []
     for i, v in enumerate(plan.vectors):
-        tensors[f"{i}.direction"] = v.direction.contiguous()
+        tensors[f"{i}.direction"] = v.direction.clone()  # vectors may share memory, which the format refuses
         if isinstance(v.strength, torch.Tensor):
-            tensors[f"{i}.strength"] = v.strength.contiguous()
+            tensors[f"{i}.strength"] = v.strength.clone()
         vectors.append(
             {k: getattr(v, k) for k in _PLAIN} | ({} if f"{i}.strength" in tensors else {"strength": v.strength})
         )

@@ -115,6 +115,8 @@ class Positions:
         mask = kwargs.get("attention_mask")
         if isinstance(tokens, (str, list)):
             tokens, mask = _bridge_tokens(model, tokens, kwargs)
+        elif mask is None and hasattr(model._module, "to_tokens") and isinstance(tokens, Tensor) and tokens.ndim == 2:
+            mask = bridge_mask(model._module.tokenizer, tokens, bool(prefix_of(model)))
         if not isinstance(tokens, Tensor):
             raise RuntimeError(
                 f"The model was called without input_ids or text, so its positions are unknown: {list(kwargs)}."
@@ -212,6 +214,18 @@ class Positions:
         if where == "prompt":
             return chosen & (step < 0)
         return chosen & (step >= from_step)
+
+
+def bridge_mask(tokenizer: Any, tokens: Tensor, prepend_bos: bool) -> Tensor:
+    """`[row, position]`, 1 for a real token, as TransformerLens sees it where it is given tokens alone."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None:
+        return torch.ones_like(tokens)
+    from transformer_lens.utilities.tokenize_utils import get_attention_mask
+
+    # one row alone may well end in the token that pads
+    right = len(tokens) > 1 and bool((tokens[:, -1] == pad).any())
+    return get_attention_mask(tokenizer, tokens, prepend_bos, "right" if right else "left").to(tokens.device).long()
 
 
 def _bridge_tokens(model: Any, texts: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:

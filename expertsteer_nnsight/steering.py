@@ -94,6 +94,22 @@ class SteeringPlan:
         first = next(i for i, s in enumerate(unit_strengths) if s)  # a plan without any strength cannot be calibrated
         return float(self.vectors[first].strength) / unit_strengths[first]
 
+    def at_dose(self, dose: float | int) -> SteeringPlan:
+        """A calibrated plan at `dose` times the strength that met its budget, whatever its own strength is now.
+
+        Raises:
+            ValueError: the plan is not calibrated.
+        """
+        unit_strengths = self.info.get("calibration", {}).get("strengths")
+        if not unit_strengths:
+            raise ValueError(
+                f"Dose {dose:g} was asked for, but the plan is not calibrated: calibrate it, or name no dose."
+            )
+        scaled = [replace(v, strength=s * dose) for v, s in zip(self.vectors, unit_strengths, strict=True)]
+        return SteeringPlan(
+            self._changed(scaled).vectors, self.target, {k: v for k, v in self.info.items() if k != "receipt"}
+        )
+
     def with_(self, **changes: Any) -> SteeringPlan:
         """The same plan with fields of every vector changed: `plan.with_(strength=0.3, where="completion")`.
 

@@ -136,9 +136,18 @@ def test_wrong_input_is_one_sentence(place, plan, monkeypatch, capsys):
     uncalibrated = place / "uncalibrated.safetensors"
     read = es.SteeringPlan.load(plan)
     read.with_(strength=0.1).save(uncalibrated)
-    run("generate", uncalibrated, "a dog", "--dose", 1, fails="--dose scales a calibrated plan")
+    run("generate", uncalibrated, "a dog", "--dose", 1, fails="the plan is not calibrated")
     (place / "wrong.json").write_text('{"words": []}')
-    run("receipt", plan, "--effect", place / "wrong.json", "--expert", "x", fails=".")
+    (place / "items.json").write_text('{"items": ["abc"]}')
+    (place / "list.json").write_text("[]")
+    for name, told in (
+        ("wrong", "needs prompts"),
+        ("items", "one is 'abc'"),
+        ("list", "holds an object, but .* a list"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            cli._effect(place / f"{name}.json")
+    run("fit", place / "expert", place / "target", "--kl", -1, fails="--kl is -1: a budget is above 0")
     es.SteeringPlan(read.vectors).save(place / "anyone.safetensors")
     run(
         "generate",

@@ -211,3 +211,25 @@ def test_a_file_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "steering_vectors", types.SimpleNamespace(SteeringVector=dict))
     with pytest.raises(Exception, match="Weights only load failed"):
         from_steering_vectors(tmp_path / "v.pt")
+
+
+def test_vectors_of_another_shape_or_file_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"layer 3 has shape \(2, 8\), and one of \[hidden\]"):
+        plan_from({3: torch.ones(2, 8)})
+    with pytest.raises(FileNotFoundError, match="No file at"):
+        from_steering_vectors(tmp_path / "nowhere.pt")
+
+
+def test_quantised_control_vectors_are_read(tmp_path):
+    import gguf
+
+    v = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    for kind, rtol in ((gguf.GGMLQuantizationType.Q8_0, 0.02), (gguf.GGMLQuantizationType.F16, 1e-3)):
+        path = tmp_path / f"{kind.name}.gguf"
+        writer = gguf.GGUFWriter(str(path), "controlvector")
+        writer.add_tensor("direction.2", gguf.quants.quantize(v.numpy(), kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        torch.testing.assert_close(added(from_gguf(path))[2], v, rtol=rtol, atol=0.02)

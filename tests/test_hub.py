@@ -135,6 +135,11 @@ def test_the_card_tells_what_the_plan_is_and_what_was_measured():
     assert "95 % interval" in measured and "1.5 to 2.5" in measured and "there is no receipt" not in measured
 
 
+def test_a_plan_made_by_hand_has_a_card():
+    assert "`gemma-3-270m`" in hub.card(plan(expert="gemma-3-270m"), "a/b")
+    assert "come from" not in hub.card(plan(), "a/b")
+
+
 def test_the_cards_header_is_what_the_hub_reads():
     from dataclasses import replace
 

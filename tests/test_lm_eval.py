@@ -207,7 +207,7 @@ def test_a_plan_from_a_file_and_its_dose(tmp_path):
     info = ours(model, file).get_model_info()
     assert info["plan_layers"] == [1, 2] and info["plan"] == ours(model, plan).get_model_info()["plan"]
     assert ours(model).get_model_info()["plan"] is None
-    with pytest.raises(ValueError, match="A dose of 2 was asked for, but the plan is not calibrated"):
+    with pytest.raises(ValueError, match="Dose 2 was asked for, but the plan is not calibrated"):
         ours(model, file, dose=2)
     calibrated = es.calibrate(plan, model, tiny.PROMPTS, kl_budget=0.05)
     file = (3 * calibrated).save(tmp_path / "calibrated.safetensors")
@@ -229,6 +229,9 @@ def test_a_request_cache_serves_one_plan(tmp_path):
     for other in (None, 2 * plan):
         with pytest.raises(ValueError, match=r"This request cache was made with .*: name another file"):
             CachingLM(ours(model, other), file)
+    # a model of the same name and shape with other weights
+    with pytest.raises(ValueError, match=r"This request cache was made with .*: name another file"):
+        CachingLM(ours(tiny.build("llama", seed=1), plan), file)
 
 
 def test_what_cannot_be_done_is_said():
@@ -239,6 +242,12 @@ def test_what_cannot_be_done_is_said():
         SteeredLM(model, remote="http://localhost:1", batch_size="auto")
     with pytest.raises(ValueError, match="width 16"):
         SteeredLM(model, es.SteeringPlan([es.SteeringVector(1, torch.ones(16), 1.0)]))
+    rows = es.SteeringPlan([es.SteeringVector(1, torch.ones(32), torch.tensor([1.0, 2.0]))])
+    with pytest.raises(ValueError, match="a strength or a vector for each row, and lm-eval makes its own batches"):
+        SteeredLM(model, rows)
+    with pytest.raises(ValueError, match="add_bos_token=True puts a token before each text"):
+        SteeredLM(model, plan_for(model), add_bos_token=True)
+    SteeredLM(model, plan_for(model).with_(skip_special=False), add_bos_token=True)
     hidden = "import sys; sys.modules['lm_eval'] = None; import expertsteer_nnsight.interop.lm_eval"
     told = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False).stderr
     assert "needs the extra: pip install" in told

@@ -440,3 +440,19 @@ def test_a_model_without_a_tokenizer_is_steered_too():
     with torch.no_grad(), wrapped.trace(ids):
         plain = nnsight.save(wrapped.output.logits)
     assert not torch.equal(out, plain)
+
+
+def test_a_dose_is_that_of_the_calibration_whatever_the_strength_is_now():
+    vectors = [SteeringVector(k, torch.ones(4), s) for k, s in ((1, 0.2), (2, -0.4))]
+    plan = SteeringPlan(vectors, None, {"calibration": {"strengths": [0.2, -0.4]}})
+    for now in (plan, 3 * plan, 0 * plan):
+        found = now.at_dose(0.5)
+        assert [v.strength for v in found.vectors] == pytest.approx([0.1, -0.2]) and found.dose == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="Dose 2 was asked for, but the plan is not calibrated"):
+        SteeringPlan(vectors).at_dose(2)
+
+
+def test_strengths_a_row_of_several_layers_are_saved(tmp_path):
+    plan = SteeringPlan([SteeringVector(k, torch.ones(4)) for k in (1, 2)]).with_(strength=torch.tensor([0.1, -0.1]))
+    back = SteeringPlan.load((plan + plan).save(tmp_path / "plan.safetensors"))
+    assert len(back.vectors) == 4 and all(torch.equal(v.strength, torch.tensor([0.1, -0.1])) for v in back.vectors)

@@ -75,6 +75,22 @@ def test_the_bridges_own_generation_is_steered_like_a_trace(pair, settings, cach
     assert torch.equal(found[:, -6:], expected[:, -6:])
 
 
+@pytest.mark.parametrize("where", ["all", "prompt", "completion"])
+def test_padded_ids_are_steered_like_single_texts(pair, where):
+    _, bridge = pair
+    wrapped, plan = nnsight.NNsight(bridge), plan_with(where=where)
+    ids = bridge.to_tokens(PROMPTS)  # padded on the right
+    with torch.no_grad():
+        with wrapped.trace(ids):
+            plan.apply(wrapped)
+            traced = nnsight.save(wrapped.output)
+        hooked = bridge.run_with_hooks(ids, fwd_hooks=plan.to_transformer_lens(bridge))
+        for row, prompt in enumerate(PROMPTS):
+            single = bridge.run_with_hooks(prompt, fwd_hooks=plan.to_transformer_lens(bridge))[0]
+            for found in (traced, hooked):
+                torch.testing.assert_close(found[row, : len(single)], single, rtol=1e-4, atol=1e-4)
+
+
 def test_a_token_that_the_bridge_alone_prepends_is_left_as_it_is(tmp_path):
     bridge = tiny.bridge(tiny.build("gpt2"), tmp_path)  # its tokenizer prepends nothing
     wrapped, plan, ids = nnsight.NNsight(bridge), plan_with(), bridge.to_tokens(PROMPTS[0])

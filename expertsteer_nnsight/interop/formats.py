@@ -62,10 +62,12 @@ def plan_from(
         settings: further fields of every `SteeringVector`: `op`, `where`, `from_step`, `skip_special`.
 
     Raises:
-        ValueError: no vectors, or zero, NaN or infinite ones.
+        ValueError: no vectors, or some that are not `[hidden]`, or zero, NaN or infinite.
     """
     made = []
     for layer, v in vectors.items():
+        if v.ndim != 1:
+            raise ValueError(f"The vector of layer {layer} has shape {tuple(v.shape)}, and one of [hidden] is needed.")
         norm = None if residual_norms is None else residual_norms[layer]
         made.append(
             SteeringVector(layer, v, strength if norm else strength * float(v.double().norm()), norm, **settings)
@@ -122,7 +124,8 @@ def from_gguf(path: str | Path, model: Any = None, strength: float = 1.0, **sett
         ValueError: the file is no control vector.
         ImportError: gguf is not installed.
     """
-    reader = _gguf().GGUFReader(str(path))
+    gguf = _gguf()
+    reader = gguf.GGUFReader(str(path))
 
     def text(key: str) -> str | None:
         field = reader.get_field(key)
@@ -134,7 +137,8 @@ def from_gguf(path: str | Path, model: Any = None, strength: float = 1.0, **sett
     for tensor in reader.tensors:
         kind, _, layer = str(tensor.name).partition(".")
         if kind == "direction" and layer.isdigit():
-            vectors[int(layer)] = torch.tensor(tensor.data, dtype=torch.float32)
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)  # as it is, of one that is not quantised
+            vectors[int(layer)] = torch.tensor(values, dtype=torch.float32)
     info = {"imported": "gguf", "model_hint": text("controlvector.model_hint")}
     return plan_from(vectors, model, strength=strength, info=info, **settings)
 
@@ -236,6 +240,8 @@ def from_steering_vectors(vector: Any, model: Any = None, strength: float = 1.0,
         ImportError: a file of the object, and steering-vectors is not installed.
     """
     if isinstance(vector, (str, Path)):
+        if not Path(vector).exists():
+            raise FileNotFoundError(f"No file at {vector}.")
         try:
             vector = torch.load(vector, weights_only=True)
         except Exception:
@@ -260,6 +266,7 @@ def from_steering_vectors(vector: Any, model: Any = None, strength: float = 1.0,
 def _gguf() -> Any:
     try:
         import gguf
+        import gguf.quants
     except ImportError:
         raise ImportError("GGUF files need the library gguf: pip install gguf.") from None
     return gguf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ def card(plan: SteeringPlan, repo_id: str) -> str:
     """The model card, in Markdown with its YAML header: what the plan steers, where it came from, what was measured."""
     from huggingface_hub import ModelCardData
 
-    target, expert = plan.target, plan.info.get("expert") or {}
+    target, expert = plan.target, plan.info.get("expert")
+    expert = expert if isinstance(expert, Mapping) else {"id": expert}  # of a plan by hand it may be a name
     on_hub = target.id if target and target.id and "/" in target.id else None  # a folder's name is no id
     about = ModelCardData(
         library_name="expertsteer_nnsight",

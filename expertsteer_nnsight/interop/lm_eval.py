@@ -29,7 +29,8 @@ except ImportError as error:
     ) from error
 
 from ..activations import host_of, tokenizer_of
-from ..identity import ModelIdentity
+from ..identity import ModelIdentity, fingerprint
+from ..positions import prefix_of
 from ..steering import SteeringPlan
 from ._continuations import Scorer, Text, has_border
 
@@ -47,7 +48,7 @@ class SteeredLM(_HFLM):
 
     Tokenization, chat templates, batching arguments, stop sequences and the request cache are those of `hf`. A log-likelihood
     request is teacher-forced: the border of prompt and completion, which a plan may depend on, is that of the request. In
-    `loglikelihood_rolling` everything after the first token is completion.
+    `loglikelihood_rolling` what a window scores is completion, so all but the first token of a text that fits into one.
 
     Args:
         pretrained: a hub id or a folder, or a model of nnsight.
@@ -62,8 +63,8 @@ class SteeredLM(_HFLM):
         kwargs: further arguments of lm-eval's `HFLM`: batch_size, max_length, add_bos_token, prefix_token_id, ...
 
     Raises:
-        ValueError: the plan does not fit the model, a dose for a plan that is not calibrated, or an argument of `hf` that would
-            load a model another way.
+        ValueError: the plan does not fit the model or has strengths a row, a dose for a plan that is not calibrated, or an
+            argument of `hf` that would load a model another way.
     """
 
     def __init__(
@@ -93,7 +94,17 @@ class SteeredLM(_HFLM):
         self.plan = SteeringPlan.load(plan) if isinstance(plan, (str, Path)) else plan
         if self.plan is not None:
             self.plan.check(self.nn_model)
-            self.plan = self.plan if dose is None else _at_dose(self.plan, dose)
+            self.plan = self.plan if dose is None else self.plan.at_dose(dose)
+            if any(v.rows is not None for v in self.plan.vectors):
+                raise ValueError(
+                    "The plan has a strength or a vector for each row, and lm-eval makes its own batches: give one."
+                )
+            added = kwargs.get("add_bos_token") and not prefix_of(self.nn_model)
+            if added and any(v.skip_special for v in self.plan.vectors):
+                raise ValueError(
+                    "add_bos_token=True puts a token before each text that the model's tokenizer does not, and the plan leaves "
+                    "special tokens unsteered: leave add_bos_token out, or give plan.with_(skip_special=False)."
+                )
         kwargs.setdefault("tokenizer", tokenizer_of(self.nn_model))
         about = logging.getLogger("lm_eval.models.huggingface")
         level = about.level
@@ -215,7 +226,9 @@ class SteeredLM(_HFLM):
         """
         store = getattr(cache_hook, "dbdict", None)
         if store is not None:
-            mine = {"model": self.pretrained, "plan": self._plan_hash()}
+            model = fingerprint(self.nn_model, remote=self.remote is not None)
+            tokens = [self.add_bos_token, self.prefix_token_id, self.max_length]
+            mine = {"model": f"{self.pretrained}, {model}", "plan": self._plan_hash(), "tokens": tokens}
             kept = store.get("expertsteer", mine if len(store) == 0 else None)
             if kept != mine:
                 raise ValueError(
@@ -246,14 +259,6 @@ class SteeredLM(_HFLM):
 
 if __name__ != "__main__":  # there `main` imports the module once more, under its own name
     register_model("expertsteer")(SteeredLM)  # as a decorator it would hide the class's type
-
-
-def _at_dose(plan: SteeringPlan, dose: float | int) -> SteeringPlan:
-    if plan.dose is None:
-        raise ValueError(
-            f"A dose of {dose:g} was asked for, but the plan is not calibrated: calibrate it, or leave dose out."
-        )
-    return plan * (dose / plan.dose)
 
 
 def _loaded(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..positions import Positions, prefix_of
+from ..positions import Positions, bridge_mask, prefix_of
 from ..steering import SteeringPlan
 from ..vectors import SteeringVector, needs_positions
 from .formats import plan_from
@@ -30,8 +30,9 @@ def hooks(plan: SteeringPlan, bridge: Any, any_id: bool = False) -> list[Hook]:
     """A plan as hooks for `bridge.hooks(fwd_hooks=...)` and `bridge.run_with_hooks(..., fwd_hooks=...)`.
 
     The hooks of a plan that tells positions apart (`where`, or a tokenizer that prepends special tokens) read the tokens at the
-    embedding, and count decode steps: a forward that continues the last one is a step, any other begins a new text. A prompt
-    of one token cannot be told from a step with a cache, so make new hooks for it.
+    embedding, where padding is told by its token, whatever attention mask the call has. They count decode steps: a forward that
+    continues the last one by one token is a step, any other begins a new text. A prompt of one token, or one that continues the
+    last prompt by a token, cannot be told from a step, so make new hooks for it.
 
     Args:
         plan: the plan.
@@ -82,19 +83,9 @@ class _Followed:
         step = self.positions.step + 1 if self.positions is not None and (cached or whole) else 0
         ids = torch.cat([self.ids, tokens], 1) if cached else tokens
         one = torch.ones(rows, 1, dtype=torch.long, device=tokens.device)
-        self.mask = torch.cat([self.mask, one], 1) if step else self._mask(tokens)
+        self.mask = torch.cat([self.mask, one], 1) if step else bridge_mask(self.tokenizer, tokens, bool(self.prefix))
         self.ids = ids
         self.positions = Positions.of(tokens, self.mask, new, self.prefix, step, past=seen if cached else 0)
-
-    def _mask(self, tokens: Tensor) -> Tensor:
-        """1 for a real token, as TransformerLens sees it where it is given tokens alone."""
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        if pad is None or len(tokens) == 1:
-            return torch.ones_like(tokens)
-        from transformer_lens.utilities.tokenize_utils import get_attention_mask
-
-        side = "right" if bool((tokens[:, -1] == pad).any()) else "left"
-        return get_attention_mask(self.tokenizer, tokens, bool(self.prefix), side).to(tokens.device).long()
 
 
 def plan_of(vectors: Mapping[str, Tensor], bridge: Any = None, **settings: Any) -> SteeringPlan:

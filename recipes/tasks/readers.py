@@ -169,8 +169,8 @@ def families(rows: list[Row], alike: float = 0.7) -> list[int]:
     from scipy.sparse.csgraph import connected_components
     from sklearn.feature_extraction.text import CountVectorizer
 
-    vectorizer = CountVectorizer(binary=True, token_pattern=r"[^\W\d_]+", dtype=np.float32)
-    words: Any = vectorizer.fit_transform([r["question"] + " x" for r in rows])
+    vectorizer: Any = CountVectorizer(binary=True, token_pattern=r"[^\W\d_]+")
+    words: Any = vectorizer.fit_transform([r["question"] + " x" for r in rows]).astype(np.float32)
     size, links = np.asarray(words.sum(1)).ravel(), []
     for start in range(0, len(rows), 512):
         both = (words[start : start + 512] @ words.T).toarray()
