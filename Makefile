@@ -4,21 +4,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 export EXPERTSTEER_CACHE ?= $(HOME)/.cache/expertsteer_nnsight
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 NDIF := build/ndif
 NDIF_SERVER := $(NDIF)/server/bin/python
 
-.PHONY: demo test fast lint models benchmark evidence docs notebooks ndif ndif-client ndif-setup clean
+.PHONY: demo test recipes fast lint models benchmark evidence docs notebooks ndif ndif-client ndif-setup clean
 
 demo: models
 	$(BIN)/python -m recipes.demo $(ARGS)
 
 # two processes of one thread each take little more than half the time of one with two; a module stays in one, for its fixtures
 test: lint models
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not ndif" $(ARGS)
+	$(PYTEST) -m "not recipes and not ndif" $(ARGS)
+
+# every recipe and notebook on the packaged pair
+recipes: models
+	$(PYTEST) -m recipes $(ARGS)
 
 # without the real models: about a minute
 fast: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not real and not ndif" $(ARGS)
+	$(BIN)/python -m pytest -m "not real and not recipes and not ndif" $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

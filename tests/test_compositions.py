@@ -21,7 +21,7 @@ from recipes.logit_lens import lens, log_odds, output_parts, tuned_maps
 from recipes.nearest_tokens import nearest_tokens, token_cosines
 from recipes.steered_cache import cached, trail
 
-REAL = [pytest.mark.real, pytest.mark.timeout(900)]
+REAL = [pytest.mark.real, pytest.mark.recipes, pytest.mark.timeout(900)]
 PAIR = pytest.param("pair", marks=REAL)
 
 
@@ -89,6 +89,7 @@ def test_a_map_is_applied_before_the_norm(case):
 
 
 @pytest.mark.real
+@pytest.mark.recipes
 @pytest.mark.timeout(900)
 def test_the_tuned_lens_is_nearer_to_the_output_than_the_logit_lens():
     model, prompts = pair.target(), list(pair.words(3).prompts)
@@ -304,6 +305,7 @@ def test_a_probe_must_come_before_the_plan():
 
 
 @pytest.mark.real
+@pytest.mark.recipes
 @pytest.mark.timeout(900)
 def test_a_fitted_probe_tells_its_own_texts_apart():
     pairs = pair.pairs()[:20]
@@ -357,6 +359,7 @@ def test_the_trail_begins_with_the_vector_itself(case):
 
 
 @pytest.mark.real
+@pytest.mark.recipes
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "options", "line"),

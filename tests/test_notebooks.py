@@ -48,6 +48,7 @@ def test_outputs_are_kept_and_small(path):
 
 
 @pytest.mark.real
+@pytest.mark.recipes
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_it_runs(path, monkeypatch):

@@ -18,7 +18,7 @@ from recipes import (
     rfm_direction,
 )
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, pytest.mark.recipes, pytest.mark.timeout(600)]
 
 
 def test_reconstruction_is_not_alignment():
