@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,24 +45,34 @@ class Format(StrEnum):
 Pairs = Annotated[
     Path | None,
     typer.Option(
-        help="JSON lines with `positive` and `negative` [default: the package's sentiment pairs]", show_default=False
+        exists=True,
+        dir_okay=False,
+        help="JSON lines with `positive` and `negative` [default: the package's sentiment pairs]",
+        show_default=False,
     ),
 ]
 Anchors = Annotated[
     Path | None,
     typer.Option(
+        exists=True,
+        dir_okay=False,
         help="texts that both models read, one a line, or JSON lines with `text` [default: the package's general texts]",
         show_default=False,
     ),
 ]
 Neutral = Annotated[
     Path | None,
-    typer.Option(help="texts that the strength is calibrated on [default: eight of the package's]", show_default=False),
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="texts that the strength is calibrated on [default: eight of the package's]",
+        show_default=False,
+    ),
 ]
 Cache = Annotated[
     Path | None, typer.Option(help="folder for the models' states, so that nothing is read twice", show_default=False)
 ]
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan's file")]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", dir_okay=False, help="a plan's file")]
 Of = Annotated[
     str | None, typer.Option("--model", help="in place of the plan's target", show_default=False)
 ]  # a name that fits any id
@@ -76,7 +87,7 @@ Budget = Annotated[
 def fit(
     expert: Annotated[str, typer.Argument(help="the model that the direction comes from")],
     target: Annotated[str, typer.Argument(help="the model to steer")],
-    out: Annotated[Path, typer.Option(help="where to write the plan")] = Path("plan.safetensors"),
+    out: Annotated[Path, typer.Option(dir_okay=False, help="where to write the plan")] = Path("plan.safetensors"),
     pairs: Pairs = None,
     anchors: Anchors = None,
     neutral: Neutral = None,
@@ -140,6 +151,8 @@ def receipt(
     effect: Annotated[
         Path | None,
         typer.Option(
+            exists=True,
+            dir_okay=False,
             help="JSON: `prompts`, `positive_words`, `negative_words`; or `items`, each a prompt, a text and the other text "
             "[default: the package's sentiment words]",
             show_default=False,
@@ -155,7 +168,9 @@ def receipt(
     untrained: Annotated[int, typer.Option(help="untrained experts")] = 3,
     draws: Annotated[int, typer.Option(help="draws of shuffled anchors and of random directions")] = 20,
     cache: Cache = None,
-    out: Annotated[Path | None, typer.Option(help="where the plan with its receipt goes [default: PLAN]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="where the plan with its receipt goes [default: PLAN]")
+    ] = None,
     remote_expert: RemoteExpert = None,
     remote_target: RemoteTarget = None,
 ) -> None:
@@ -165,8 +180,8 @@ def receipt(
     named = expert or (known.get("id") if isinstance(known, dict) else known)
     if not named:
         raise ValueError(f"{plan} does not say which expert it came from: name it with --expert.")
-    models = _model(named, remote_expert), _model(_target(tested, model), remote_target)
     measured, labelled, texts = _effect(effect), *_texts(pairs, anchors)
+    models = _model(named, remote_expert), _model(_target(tested, model), remote_target)
     hashes = {"labelled_hash": texts_hash(labelled.texts), "anchors_hash": texts_hash(texts)}
     known = tested.info.get("data", {})
     if any(known.get(k, v) != v for k, v in hashes.items()):
@@ -254,12 +269,16 @@ def _model(name: str, remote: str | None) -> Any:
 
     from .packaged_models import MODELS, resolve
 
+    known = [packaged for packaged in MODELS if "MiniLM" not in packaged]  # which writes no text
+    near = [] if "/" in name or name in known or Path(name).exists() else get_close_matches(name, known, 1, 0.85)
+    if near:
+        raise ValueError(f"There is no model {name!r}: is {near[0]} meant?")
     try:
         return TransformersModel(resolve(name), task="text-generation", dispatch=remote is None)
     except OSError as error:
         said = str(error).splitlines()[0]
         raise ValueError(
-            f"{name!r} is no folder and no packaged model ({', '.join(MODELS)}), and the hub did not give it: {said}"
+            f"{name!r} is no folder and no packaged model ({', '.join(known)}), and the hub did not give it: {said}"
         ) from None
 
 
@@ -288,7 +307,10 @@ def _neutral(path: Path | None) -> list[Any]:
 
 
 def _effect(path: Path | None) -> Any:
-    found = es.example("sentiment_probe") if path is None else json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = es.example("sentiment_probe") if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}).") from None
     if not isinstance(found, dict):
         raise ValueError(f"An effect's file holds an object, but {path} a {type(found).__name__}.")
     if "items" in found:

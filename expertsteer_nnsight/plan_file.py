@@ -57,6 +57,8 @@ def save_plan(plan: SteeringPlan, path: str | Path) -> Path:
 def whole_file(path: str | Path, write: Callable[[Path], object]) -> Path:
     """What `write` puts in a file; it appears whole or not at all."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     write(temporary)

@@ -285,7 +285,12 @@ class SteeringPlan:
         else:
             lines.append("  not calibrated: calibrate(plan, model, prompts) gives its strength a unit")
         lines.append(f"  receipt: {receipt['verdict']}" if receipt else "  untested: no receipt")
-        lines += [f"  {k}: {_short(v)}" for k, v in self.info.items() if k not in ("calibration", "receipt")]
+        pairs = [p for p in self.info.get("pairs", ()) if isinstance(p, dict)]
+        if pairs:
+            told = ", ".join(f"{p.get('expert_layer')}>{p.get('target_layer')}" for p in pairs)
+            lines.append(f"  layer pairs, expert>target: {told}")
+        told_above = ("calibration", "receipt", *(["pairs"] if pairs else []))
+        lines += [f"  {k}: {_short(v)}" for k, v in self.info.items() if k not in told_above]
         return "\n".join(lines)
 
 

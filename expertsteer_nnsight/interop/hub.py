@@ -83,12 +83,23 @@ def push(plan: SteeringPlan, repo_id: str, *, private: bool | None = None, **opt
         The commit's address.
 
     Raises:
+        ValueError: `repo_id` is no such name.
+        RuntimeError: the hub cannot be reached.
         huggingface_hub.errors.HfHubHTTPError: the hub refuses the token, the repository or the commit.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import validate_repo_id
 
+    if repo_id.count("/") != 1:
+        raise ValueError(f"A repository on the hub is named owner/name, and {repo_id!r} is not.")
+    validate_repo_id(repo_id)
     api = HfApi(endpoint=options.pop("endpoint", None), token=options.pop("token", None))
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+    except Exception as error:
+        if type(error).__module__.startswith("httpx") and "HubHTTPError" not in type(error).__name__:
+            raise RuntimeError(f"The hub at {api.endpoint} cannot be reached ({error}).") from None
+        raise
     with tempfile.TemporaryDirectory() as folder:
         path = plan.save(Path(folder) / FILE)
         operations = [
