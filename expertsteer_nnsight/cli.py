@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import expertsteer_nnsight as es
+from expertsteer_nnsight.identity import ModelIdentity
 from expertsteer_nnsight.texts import as_texts, texts_hash
 
 app = typer.Typer(
@@ -42,40 +43,24 @@ class Format(StrEnum):
     hub = "hub"
 
 
+def _file(told: str) -> Any:
+    """An option that takes a file to read."""
+    return typer.Option(exists=True, dir_okay=False, help=told, show_default=False)
+
+
 Pairs = Annotated[
-    Path | None,
-    typer.Option(
-        exists=True,
-        dir_okay=False,
-        help="JSON lines with `positive` and `negative` [default: the package's sentiment pairs]",
-        show_default=False,
-    ),
+    Path | None, _file("JSON lines with `positive` and `negative` [default: the package's sentiment pairs]")
 ]
 Anchors = Annotated[
     Path | None,
-    typer.Option(
-        exists=True,
-        dir_okay=False,
-        help="texts that both models read, one a line, or JSON lines with `text` [default: the package's general texts]",
-        show_default=False,
-    ),
+    _file("texts that both models read, one a line, or JSON lines with `text` [default: the package's general texts]"),
 ]
-Neutral = Annotated[
-    Path | None,
-    typer.Option(
-        exists=True,
-        dir_okay=False,
-        help="texts that the strength is calibrated on [default: eight of the package's]",
-        show_default=False,
-    ),
-]
+Neutral = Annotated[Path | None, _file("texts that the strength is calibrated on [default: eight of the package's]")]
 Cache = Annotated[
     Path | None, typer.Option(help="folder for the models' states, so that nothing is read twice", show_default=False)
 ]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", dir_okay=False, help="a plan's file")]
-Of = Annotated[
-    str | None, typer.Option("--model", help="in place of the plan's target", show_default=False)
-]  # a name that fits any id
+Of = Annotated[str | None, typer.Option("--model", help="in place of the plan's target", show_default=False)]
 RemoteExpert = Annotated[str | None, typer.Option(help="read the expert on NDIF", show_default=False)]
 RemoteTarget = Annotated[str | None, typer.Option(help="run the target on NDIF", show_default=False)]
 Budget = Annotated[
@@ -135,7 +120,7 @@ def generate(
 
     steering = _loaded(plan, dose)
     wrapped = _model(_target(steering, model), remote)
-    steering = _fitting(steering, model)
+    steering = _fitting(steering, wrapped, model)
     texts: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
     for name, arm in {**({"unsteered": None} if unsteered else {}), "steered": steering}.items():
         torch.manual_seed(seed)
@@ -150,12 +135,9 @@ def receipt(
     plan: PlanFile,
     effect: Annotated[
         Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="JSON: `prompts`, `positive_words`, `negative_words`; or `items`, each a prompt, a text and the other text "
-            "[default: the package's sentiment words]",
-            show_default=False,
+        _file(
+            "JSON: `prompts`, `positive_words`, `negative_words`; or `items`, each a prompt, a text and the other text "
+            "[default: the package's sentiment words]"
         ),
     ] = None,
     pairs: Pairs = None,
@@ -176,8 +158,8 @@ def receipt(
 ) -> None:
     """Measure a plan's effect, cost and controls at equal KL; the plan is fitted again for its controls."""
     tested = _loaded(plan)
-    known = tested.info.get("expert")
-    named = expert or (known.get("id") if isinstance(known, dict) else known)
+    source = tested.info.get("expert")
+    named = expert or (source.get("id") if isinstance(source, dict) else source)
     if not named:
         raise ValueError(f"{plan} does not say which expert it came from: name it with --expert.")
     measured, labelled, texts = _effect(effect), *_texts(pairs, anchors)
@@ -194,7 +176,7 @@ def receipt(
     steer.fit(*models, labelled, texts, cache=cache, **where)
     controls = steer.controls(*models, labelled, texts, untrained=untrained, draws=draws, cache=cache, **where)
     found = es.receipt(
-        _fitting(tested, model),
+        _fitting(tested, models[1], model),
         models[1],
         measured,
         _neutral(neutral),
@@ -209,10 +191,17 @@ def receipt(
 @app.command()
 def info(plan: PlanFile, as_json: Annotated[bool, typer.Option("--json", help="the whole header")] = False) -> None:
     """Print what a plan is, where it came from and what was measured."""
+    import torch
+
     shown = _loaded(plan)
     if as_json:
+        kept = ("layer", "op", "where", "from_step", "skip_special", "residual_norm")
         vectors = [
-            {"layer": v.layer, "op": v.op, "where": v.where, "residual_norm": v.residual_norm} for v in shown.vectors
+            {
+                **{name: getattr(v, name) for name in kept},
+                "strength": torch.as_tensor(v.strength, dtype=torch.float64).tolist(),
+            }
+            for v in shown.vectors
         ]
         target = shown.target.to_dict() if shown.target else None
         typer.echo(json.dumps({"target": target, "vectors": vectors, "info": shown.info}, indent=1, default=str))
@@ -238,7 +227,7 @@ def export(
         typer.echo(f"Wrote {taken.push_to_hub(out)}")
         return
     wrapped = _model(_target(taken, model), "names") if to == Format.lm_eval or model else None
-    written = EXPORTS[to](_fitting(taken, model), out, wrapped)
+    written = EXPORTS[to](_fitting(taken, wrapped, model), out, wrapped)
     typer.echo(f"Wrote {written}. Its reader steers every token, also a <bos>, and knows of no dose.")
 
 
@@ -259,9 +248,11 @@ def _loaded(path: Path, dose: float | None = None) -> es.SteeringPlan:
     return plan if dose is None else plan.at_dose(dose)
 
 
-def _fitting(plan: es.SteeringPlan, model: str | None) -> es.SteeringPlan:
-    # with --model it is for a model of any name; width and depth must fit
-    return plan if model is None else es.SteeringPlan(plan.vectors, None, plan.info)
+def _fitting(plan: es.SteeringPlan, wrapped: Any, model: str | None) -> es.SteeringPlan:
+    if model is None:
+        return plan
+    plan.check(wrapped, any_id=True)  # a model of any name, but of the plan's width and depth
+    return es.SteeringPlan(plan.vectors, ModelIdentity.of(wrapped), plan.info)
 
 
 def _model(name: str, remote: str | None) -> Any:

@@ -109,6 +109,7 @@ class Positions:
             raise RuntimeError(late)
         with in_step(step, False, late):
             args, kwargs = model.inputs
+        prefix = prefix_of(model) if prefix is None else prefix
         tokens = kwargs.get("input_ids", kwargs.get("input", args[0] if args else None))
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
@@ -116,7 +117,7 @@ class Positions:
         if isinstance(tokens, (str, list)):
             tokens, mask = _bridge_tokens(model, tokens, kwargs)
         elif mask is None and hasattr(model._module, "to_tokens") and isinstance(tokens, Tensor) and tokens.ndim == 2:
-            mask = bridge_mask(model._module.tokenizer, tokens, bool(prefix_of(model)))
+            mask = bridge_mask(model._module.tokenizer, tokens, bool(prefix))
         if not isinstance(tokens, Tensor):
             raise RuntimeError(
                 f"The model was called without input_ids or text, so its positions are unknown: {list(kwargs)}."
@@ -128,7 +129,6 @@ class Positions:
         mask = real_columns(mask, rows, past + q)
         if mask is None:
             mask = torch.ones(rows, past + q, dtype=torch.long, device=tokens.device)
-        prefix = prefix_of(model) if prefix is None else prefix
         chunked = run_option("prefill_chunk_size", what) is not None
         return cls.of(ids, mask, q, prefix, step, past, chunked)
 

@@ -70,20 +70,18 @@ class SteeringPlan:
         )
 
     def __mul__(self, factor: float | int) -> SteeringPlan:
-        made = self._changed([replace(v, strength=v.strength * factor) for v in self.vectors])
-        if "calibration" in self.info:
-            return SteeringPlan(made.vectors, self.target, {**made.info, "calibration": self.info["calibration"]})
-        return made
+        return self._changed([replace(v, strength=v.strength * factor) for v in self.vectors], measured=("receipt",))
 
     __rmul__ = __mul__
 
     def __neg__(self) -> SteeringPlan:
         return self * -1.0
 
-    def _changed(self, vectors: Sequence[SteeringVector]) -> SteeringPlan:
-        # they were measured for the plan as it was
-        kept = {k: v for k, v in self.info.items() if k not in ("receipt", "calibration")}
-        return SteeringPlan(vectors, self.target, kept)
+    def _changed(
+        self, vectors: Sequence[SteeringVector], measured: tuple[str, ...] = ("receipt", "calibration")
+    ) -> SteeringPlan:
+        # without what was measured for the plan as it was; a calibration holds for any strength
+        return SteeringPlan(vectors, self.target, {k: v for k, v in self.info.items() if k not in measured})
 
     @property
     def dose(self) -> float | None:
@@ -106,9 +104,7 @@ class SteeringPlan:
                 f"Dose {dose:g} was asked for, but the plan is not calibrated: calibrate it, or name no dose."
             )
         scaled = [replace(v, strength=s * dose) for v, s in zip(self.vectors, unit_strengths, strict=True)]
-        return SteeringPlan(
-            self._changed(scaled).vectors, self.target, {k: v for k, v in self.info.items() if k != "receipt"}
-        )
+        return self._changed(scaled, measured=("receipt",))
 
     def with_(self, **changes: Any) -> SteeringPlan:
         """The same plan with fields of every vector changed: `plan.with_(strength=0.3, where="completion")`.
@@ -307,8 +303,6 @@ def _check_rows(vector: SteeringVector, h: Tensor, what: str) -> None:
             f"This block owns {expected} rows, but the layer has {len(h)}: beams, num_return_sequences or repeated rows mix "
             f"the rows of a batch, so they cannot be steered apart. Use one invoke and one strength, or plan.attach(model)."
         )
-    if vector.rows is not None and vector.rows != len(h):
-        raise ValueError(f"The plan has vectors or strengths for {vector.rows} rows, but the batch has {len(h)}.")
 
 
 def _every_step(plan: SteeringPlan, model: Any, any_id: bool) -> None:

@@ -122,7 +122,13 @@ class SteeringVector:
         return self.strength if self.op == "project_out" else self.strength * (self.residual_norm or 1.0)
 
     def edit(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`h` `[row, position, hidden]` steered where `mask` `[row, position]` is true; sums in float32 or wider."""
+        """`h` `[row, position, hidden]` steered where `mask` `[row, position]` is true; sums in float32 or wider.
+
+        Raises:
+            ValueError: strengths or directions for another number of rows.
+        """
+        if self.rows not in (None, len(h)):
+            raise ValueError(f"The plan has vectors or strengths for {self.rows} rows, but the batch has {len(h)}.")
         dtype = torch.promote_types(h.dtype, torch.float32)
         wide = h.to(dtype)
         v = self.direction.to(wide.device, dtype)

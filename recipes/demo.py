@@ -20,7 +20,7 @@ import expertsteer_nnsight as es
 from expertsteer_nnsight.labelled import check_disjoint
 from expertsteer_nnsight.packaged_models import model_path
 from expertsteer_nnsight.plotting import figure, plot_doses, plot_layer_scores, plot_receipt
-from expertsteer_nnsight.rollouts import completions, rollouts
+from recipes.pair import print_continuations
 from recipes.steer_on_ndif import load
 
 
@@ -94,11 +94,7 @@ def main(argv: Sequence[str] | None = None) -> es.Receipt:
 
     prompts = probe["test_prompts"][:4]
     plans = {"unsteered": None, "towards": towards, "away": away}
-    shown = {name: completions(target, rollouts(target, prompts, plan, 24)) for name, plan in plans.items()}
-    for i, prompt in enumerate(prompts):
-        print(f"\n{prompt}")
-        for name, rows in shown.items():
-            print(f"  {name:>9}: {rows[i]!r}")
+    print_continuations(target, plans, prompts, 24)
     print(f"\n{receipt}\n")
     print(f"Wrote plan.safetensors, receipt.json and report.png to {args.out} in {time.time() - started:.0f} s.")
     return receipt

@@ -106,20 +106,21 @@ def show_fit(steer: es.ExpertSteer, prompts: int = 16, max_new_tokens: int = 20)
     score = effect.score(target(), [towards, away]).mean(1).tolist()
     told = ", ".join(f"{name} {value:.2f}" for name, value in zip(("unsteered", "towards", "away"), score, strict=True))
     print(f"Log-odds of positive next words, {len(effect)} prompts: {told}")
-    print_continuations({"unsteered": None, "towards": towards, "away": away}, effect.prompts[:2], max_new_tokens)
+    print_continuations(
+        target(), {"unsteered": None, "towards": towards, "away": away}, effect.prompts[:2], max_new_tokens
+    )
     return score[1] - score[2]
 
 
 def print_continuations(
-    plans: Mapping[str, es.SteeringPlan | None], prompts: Sequence[Any], max_new_tokens: int = 20
+    model: Any, plans: Mapping[str, es.SteeringPlan | None], prompts: Sequence[Any], max_new_tokens: int = 20
 ) -> None:
-    """Prints what the target writes after each prompt, under every plan (None: unsteered)."""
+    """Prints what a model writes after each prompt, under every plan (None: unsteered)."""
     said = {
-        name: completions(target(), rollouts(target(), list(prompts), one, max_new_tokens))
-        for name, one in plans.items()
+        name: completions(model, rollouts(model, list(prompts), one, max_new_tokens)) for name, one in plans.items()
     }
     for i, prompt in enumerate(prompts):
-        print(prompt)
+        print(f"\n{prompt}")
         for name, texts in said.items():
             print(f"{name:>11}: {texts[i]!r}")
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import expertsteer_nnsight as es
 from expertsteer_nnsight import cli
 from expertsteer_nnsight.cli import app
+from expertsteer_nnsight.interop.formats import from_gguf
 
 COMMANDS = ("fit", "generate", "receipt", "info", "export")
 pytestmark = pytest.mark.filterwarnings("ignore:The direction's correlation with the labels")
@@ -36,6 +37,9 @@ def place(tmp_path_factory):
         model = tiny.build(arch, seed=seed)
         model._module.save_pretrained(folder / name)
         model.tokenizer.save_pretrained(folder / name)
+    small = tiny.build("llama", hidden_size=16)
+    small._module.save_pretrained(folder / "small")
+    small.tokenizer.save_pretrained(folder / "small")
     pairs = es.example("sentiment_pairs").split("train")[:12]
     rows = [{"positive": p, "negative": n} for p, n in zip(pairs.positive, pairs.negative, strict=True)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -96,6 +100,9 @@ def test_generate_steers_by_dose(place, plan):
 def test_info_prints_the_plan_and_its_header(plan):
     assert "not calibrated" not in run("info", plan) and "untested: no receipt" in run("info", plan)
     header = json.loads(run("info", plan, "--json"))
+    assert header["vectors"][0]["strength"] == es.SteeringPlan.load(plan).vectors[0].strength
+    assert {"op", "where", "from_step", "skip_special", "residual_norm"} < set(header["vectors"][0])
+    assert "layer pairs, expert>target: " in run("info", plan)
     assert (
         header["target"]["n_layers"] == 4
         and [v["layer"] for v in header["vectors"]] == [1, 2]
@@ -105,9 +112,12 @@ def test_info_prints_the_plan_and_its_header(plan):
 
 @pytest.mark.parametrize(("to", "name"), [("gguf", "v.gguf"), ("safetensors", "v.safetensors"), ("lm-eval", "v.pt")])
 def test_export_writes_a_file(place, plan, to, name):
-    extra = ["--model", place / "target"] if to == "lm-eval" else []
+    extra = ["--model", place / "target"] if to != "safetensors" else []
     assert "Wrote" in run("export", plan, "--to", to, "--out", place / name, *extra)
     assert (place / name).stat().st_size > 256
+    if to == "gguf":
+        assert from_gguf(place / name).info["model_hint"] == "llama"
+        run("export", plan, "--to", to, "--out", place / name, "--model", place / "small", fails="width 32, but")
 
 
 def test_receipt_measures_the_plan_with_its_controls(place, plan, texts):
@@ -147,6 +157,7 @@ def test_wrong_input_is_one_sentence(place, plan, monkeypatch, capsys):
     ):
         with pytest.raises(ValueError, match=told):
             cli._effect(place / f"{name}.json")
+    run("fit", "gemma-3-270mm", place / "target", fails="no model 'gemma-3-270mm': is gemma-3-270m meant")
     run("fit", place / "expert", place / "target", "--kl", -1, fails="--kl is -1: a budget is above 0")
     es.SteeringPlan(read.vectors).save(place / "anyone.safetensors")
     run(

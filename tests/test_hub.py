@@ -121,6 +121,13 @@ def test_what_is_not_there_is_said_in_a_sentence(endpoint, tmp_path):
         es.SteeringPlan.from_hub("someone/my-plan", cache_dir=tmp_path, **endpoint)
 
 
+def test_a_name_or_a_hub_that_is_not_there_is_said_in_a_sentence():
+    with pytest.raises(ValueError, match="is named owner/name, and 'me' is not"):
+        plan().push_to_hub("me")
+    with pytest.raises(RuntimeError, match=r"The hub at http://127\.0\.0\.1:9 cannot be reached"):
+        plan().push_to_hub("me/mine", endpoint="http://127.0.0.1:9", token="hf_" + "x" * 30)
+
+
 def test_the_card_tells_what_the_plan_is_and_what_was_measured():
     text = hub.card(plan(expert={"id": "google/gemma-3-270m"}), "someone/my-plan")
     assert text.startswith("---\n") and "# my-plan" in text and "`google/gemma-3-270m`" in text

@@ -456,3 +456,9 @@ def test_strengths_a_row_of_several_layers_are_saved(tmp_path):
     plan = SteeringPlan([SteeringVector(k, torch.ones(4)) for k in (1, 2)]).with_(strength=torch.tensor([0.1, -0.1]))
     back = SteeringPlan.load((plan + plan).save(tmp_path / "plan.safetensors"))
     assert len(back.vectors) == 4 and all(torch.equal(v.strength, torch.tensor([0.1, -0.1])) for v in back.vectors)
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: name a file in it"):
+        SteeringPlan([SteeringVector(1, torch.ones(4))]).save(tmp_path)
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}*.partial"))

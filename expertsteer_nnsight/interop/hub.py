@@ -97,7 +97,7 @@ def push(plan: SteeringPlan, repo_id: str, *, private: bool | None = None, **opt
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
     except Exception as error:
-        if type(error).__module__.startswith("httpx") and "HubHTTPError" not in type(error).__name__:
+        if type(error).__module__.startswith("httpx"):
             raise RuntimeError(f"The hub at {api.endpoint} cannot be reached ({error}).") from None
         raise
     with tempfile.TemporaryDirectory() as folder:

@@ -56,8 +56,6 @@ def hooks(plan: SteeringPlan, bridge: Any, any_id: bool = False) -> list[Hook]:
 
 
 def _edit(h: Tensor, hook: Any, vector: SteeringVector, followed: _Followed | None) -> Tensor:
-    if vector.rows not in (None, len(h)):
-        raise ValueError(f"The plan has vectors or strengths for {vector.rows} rows, but the batch has {len(h)}.")
     if followed is None or followed.positions is None:
         return vector.edit(h)
     mask = followed.positions.mask(vector.where, vector.from_step, vector.skip_special)
