@@ -32,45 +32,44 @@ _MEDICAL = "You are an experienced physician. Answer with what the medical evide
 _FINANCIAL = "You are a financial analyst. Judge the news and the numbers as an investor would."
 _GENERAL = "You are a knowledgeable scientist. Give the right answer."
 
-# 2 cores and 24 GB: the expert reads well what the target does not only in the first
-SMALL = (
-    Domain(
-        "mathematics", "Qwen2.5-Coder-0.5B-Instruct", "SmolLM2-135M-Instruct", "local_svamp", {"local_svamp": "acc"}, _MATHS
-    ),
-    Domain("medical", "gemma-3-270m", "SmolLM2-135M-Instruct", "local_medmcqa", {"local_medmcqa": "acc_norm"}, _MEDICAL),
-    Domain(
-        "financial", "gemma-3-270m", "SmolLM2-135M-Instruct", "local_financial_phrasebank",
-        {"local_financial_phrasebank": "acc_mutual_info"}, _FINANCIAL,
-    ),
-    Domain("general", "gemma-3-270m", "SmolLM2-135M-Instruct", "local_arc_easy", {"local_arc_easy": "acc_norm"}, _GENERAL),
-)  # fmt: skip
-_LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
+_TASKS = {
+    "mathematics": {"local_svamp": "acc", "local_aqua_rat": "acc_norm", "local_mmlu_mathematics": "acc_norm"},
+    "medical": {
+        "local_medmcqa": "acc_norm", "local_medqa": "acc_norm", "local_pubmedqa": "acc_mutual_info",
+        "local_mmlu_medical": "acc_norm",
+    },
+    "financial": {
+        "local_financial_phrasebank": "acc_mutual_info", "local_tatqa": "acc_norm", "local_mmlu_financial": "acc_norm",
+    },
+    "general": {
+        "local_arc_easy": "acc_norm", "local_arc_challenge": "acc_norm", "local_openbookqa": "acc_norm",
+        "local_piqa": "acc_norm", "local_social_i_qa": "acc_norm", "local_winogrande": "acc",
+    },
+}  # fmt: skip
+
+
+def _domains(target: str, of: dict[str, tuple[str, str, str]]) -> tuple[Domain, ...]:
+    return tuple(Domain(name, expert, target, fit, _TASKS[name], asks) for name, (expert, fit, asks) in of.items())
+
+
+# models that two cores can run; only the first expert is better than the target at what is measured
+SMALL = _domains(
+    "SmolLM2-135M-Instruct",
+    {
+        "mathematics": ("Qwen2.5-Coder-0.5B-Instruct", "local_svamp", _MATHS),
+        "medical": ("gemma-3-270m", "local_medmcqa", _MEDICAL),
+        "financial": ("gemma-3-270m", "local_financial_phrasebank", _FINANCIAL),
+        "general": ("gemma-3-270m", "local_arc_easy", _GENERAL),
+    },
+)
 # public models of the paper's size; its own list of experts could not be read
-PAPER = (
-    Domain(
-        "mathematics", "Qwen/Qwen2.5-Math-7B-Instruct", _LLAMA, "local_aqua_rat",
-        {"local_svamp": "acc", "local_aqua_rat": "acc_norm", "local_mmlu_mathematics": "acc_norm"}, _MATHS,
-    ),
-    Domain(
-        "medical", "aaditya/Llama3-OpenBioLLM-8B", _LLAMA, "local_medmcqa",
-        {
-            "local_medqa": "acc_norm", "local_medmcqa": "acc_norm", "local_pubmedqa": "acc_mutual_info",
-            "local_mmlu_medical": "acc_norm",
-        },
-        _MEDICAL,
-    ),
-    Domain(
-        "financial", "instruction-pretrain/finance-Llama3-8B", _LLAMA, "local_financial_phrasebank",
-        {"local_financial_phrasebank": "acc_mutual_info", "local_tatqa": "acc_norm", "local_mmlu_financial": "acc_norm"},
-        _FINANCIAL,
-    ),
-    Domain(
-        "general", "Qwen/Qwen2.5-7B-Instruct", _LLAMA, "local_arc_challenge",
-        {
-            "local_arc_easy": "acc_norm", "local_arc_challenge": "acc_norm", "local_openbookqa": "acc_norm",
-            "local_piqa": "acc_norm", "local_social_i_qa": "acc_norm", "local_winogrande": "acc",
-        },
-        _GENERAL,
-    ),
-)  # fmt: skip
+PAPER = _domains(
+    "meta-llama/Llama-3.1-8B-Instruct",
+    {
+        "mathematics": ("Qwen/Qwen2.5-Math-7B-Instruct", "local_aqua_rat", _MATHS),
+        "medical": ("aaditya/Llama3-OpenBioLLM-8B", "local_medmcqa", _MEDICAL),
+        "financial": ("instruction-pretrain/finance-Llama3-8B", "local_financial_phrasebank", _FINANCIAL),
+        "general": ("Qwen/Qwen2.5-7B-Instruct", "local_arc_challenge", _GENERAL),
+    },
+)
 SCALES = {"small": SMALL, "paper": PAPER}

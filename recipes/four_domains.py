@@ -3,10 +3,11 @@
     python -m recipes.four_domains --data FOLDER                      # what runs on two cores; hours, goes on where it stopped
     python -m recipes.four_domains --data FOLDER --scale paper --remote --dry-run    # names, shapes and sizes, without weights
     python -m recipes.four_domains --data FOLDER --expert HUB_ID --target HUB_ID --domains medical
+    python -m recipes.four_domains --data FOLDER --parts fit          # then `--parts measure` on another machine
 
 For each domain: contrast pairs from training items (the question with its right and with a wrong option), a fit on anchors that are
 none of them, a dose chosen on validation items for every arm alike, and the accuracy on test items, against the same model
-unsteered, item by item. Every evaluation is a line of results.jsonl with what became of each item.
+unsteered, item by item. Plans are kept in plans/; every evaluation is a line of results.jsonl with what became of each item.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +34,7 @@ from recipes.steer_on_ndif import load
 
 PAIRS = 200  # labelled pairs, at most
 READ = 800  # of the training questions that are no labelled text, as anchors, at most
+PARTS = ("fit", "measure", "expert")
 
 
 class Tasks:
@@ -113,10 +117,22 @@ def texts_of(tasks: Tasks, name: str, seed: int, anchors: int | None = None) -> 
     return es.ContrastPairs.from_choices(list(chosen.values())), [*es.example("general")[:anchors], *others[:READ]]
 
 
-def fitted(domain: Domain, models: tuple[Any, Any], tasks: Tasks, args: Any) -> dict[str, list[es.SteeringPlan]]:
+class Models(dict[str, Any]):
+    """The expert and the target of a domain, each loaded when it is first asked for."""
+
+    def __init__(self, domain: Domain, args: Any) -> None:
+        self._of = {"expert": (domain.expert, not args.remote_expert), "target": (domain.target, not args.remote)}
+
+    def __missing__(self, role: str) -> Any:
+        name, here = self._of[role]
+        return self.setdefault(role, load(resolve(name), here=here))
+
+
+def fitted(
+    domain: Domain, models: Models, pairs: es.ContrastPairs, anchors: list[str], args: Any
+) -> dict[str, list[es.SteeringPlan]]:
     """The plans of every arm that is a plan, all at the layers of the recommended one unless they are the paper's."""
-    expert, target = models
-    pairs, anchors = texts_of(tasks, domain.fit, args.seed, args.anchors)
+    expert, target = models["expert"], models["target"]
     key = texts_hash([domain.expert, domain.target, *pairs.texts, *anchors])[:8]
     where: dict[str, Any] = {"cache": args.out / "states" / f"{domain.name}-{key}"}
     far = {"remote_expert": args.remote_expert, "remote_target": args.remote}
@@ -134,6 +150,26 @@ def fitted(domain: Domain, models: tuple[Any, Any], tasks: Tasks, args: Any) -> 
     return {**arms, "paper": papers}
 
 
+def kept_plans(domain: Domain, models: Models, tasks: Tasks, args: Any) -> list[tuple[str, int, es.SteeringPlan]]:
+    """Arm, draw and plan at dose 1, of every arm that is a plan: read from plans/, or fitted and calibrated and kept there."""
+    pairs, anchors = texts_of(tasks, domain.fit, args.seed, args.anchors)
+    told = (domain.expert, domain.target, args.seed, args.kl, args.untrained, args.draws)
+    folder = args.out / "plans" / f"{domain.name}-{texts_hash([str(told), *pairs.texts, *anchors])[:8]}"
+    if not folder.exists():
+        arms = fitted(domain, models, pairs, anchors, args)
+        neutral = es.example("sentiment_probe")["neutral_texts"][:8]
+        every = [(name, i, plan) for name, plans in arms.items() for i, plan in enumerate(plans)]
+        doses = es.calibrate([plan for _, _, plan in every], models["target"], neutral, args.kl, remote=args.remote)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+            for n, ((name, i, _), plan) in enumerate(zip(every, doses, strict=True)):
+                plan.save(Path(made) / f"{n:02}-{name}-{i}.safetensors")
+            os.rename(made, folder)  # the folder appears whole or not at all
+            Path(made).mkdir()
+    files = [(path.stem.split("-"), path) for path in sorted(folder.glob("*.safetensors"))]
+    return [(name, int(draw), es.SteeringPlan.load(path)) for (_, name, draw), path in files]
+
+
 class Measuring:
     """Evaluates arms of one domain, and keeps a line for each evaluation.
 
@@ -144,7 +180,7 @@ class Measuring:
         args: of the command line.
     """
 
-    def __init__(self, domain: Domain, models: tuple[Any, Any], tasks: Tasks, args: Any) -> None:
+    def __init__(self, domain: Domain, models: Models, tasks: Tasks, args: Any) -> None:
         self.domain, self.models, self.tasks, self.args = domain, models, tasks, args
         self.path = args.out / "results.jsonl"
         self.lines = read_lines(self.path)
@@ -164,7 +200,9 @@ class Measuring:
 
         of_expert = arm == "expert_itself"
         remote = self.args.remote_expert if of_expert else self.args.remote
-        lm = SteeredLM(self.models[0 if of_expert else 1], plan, remote=remote, batch_size=self.args.batch_size)
+        lm = SteeredLM(
+            self.models["expert" if of_expert else "target"], plan, remote=remote, batch_size=self.args.batch_size
+        )
         asked = self.tasks(task, split)
         asked.set_fewshot_seed(seed=self.args.seed)
         # not simple_evaluate, which takes seconds each time to list the machine's packages
@@ -232,6 +270,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--scale", choices=list(SCALES), default="small", help="models and tasks (default: %(default)s)"
     )
     parser.add_argument("--domains", nargs="*", help="names (default: all)")
+    parser.add_argument("--tasks", nargs="*", help="of these domains, those to measure (default: all)")
+    parser.add_argument(
+        "--parts",
+        nargs="*",
+        choices=PARTS,
+        default=list(PARTS),
+        help="fit plans, measure them, measure the expert itself",
+    )
     parser.add_argument("--expert", help="in place of the domain's: a hub id, a folder or a packaged model")
     parser.add_argument("--target", help="in place of the domain's")
     parser.add_argument(
@@ -265,6 +311,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     unknown = sorted(set(args.domains or ()) - {d.name for d in every})
     if unknown:
         parser.error(f"no such domain: {', '.join(unknown)}; there are {', '.join(d.name for d in every)}.")
+    offered = {task for domain in every for task in domain.tasks}
+    if args.tasks is not None:
+        if unknown := sorted({*args.tasks} - offered):
+            parser.error(f"no such task: {', '.join(unknown)}; there are {', '.join(sorted(offered))}.")
+        every = [replace(d, tasks={t: m for t, m in d.tasks.items() if t in args.tasks}) for d in every]
     if not args.doses:
         parser.error("--doses needs at least one dose.")
     chosen = [d for d in every if not args.domains or d.name in args.domains]
@@ -283,17 +334,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(domain: Domain, tasks: Tasks, args: Any) -> None:
     """Fits, calibrates and evaluates one domain."""
-    target = load(resolve(domain.target), here=not args.remote)
-    models = load(resolve(domain.expert), here=not args.remote_expert), target
+    models = Models(domain, args)
     measuring = Measuring(domain, models, tasks, args)
-    measuring.unsteered()
-    arms = fitted(domain, models, tasks, args)
-    neutral = es.example("sentiment_probe")["neutral_texts"][:8]
-    every = [(name, i, plan) for name, plans in arms.items() for i, plan in enumerate(plans)]
-    doses = es.calibrate([plan for _, _, plan in every], target, neutral, args.kl, remote=args.remote)
-    for (name, i, _), plan in tqdm(list(zip(every, doses, strict=True)), desc=domain.name, unit="plan"):
-        measuring.arm(name, i, plan)
-    measuring.expert_itself()
+    if "fit" in args.parts or "measure" in args.parts:
+        plans = kept_plans(domain, models, tasks, args)
+    if "measure" in args.parts:
+        measuring.unsteered()
+        for name, i, plan in tqdm(plans, desc=domain.name, unit="plan"):
+            measuring.arm(name, i, plan)
+    if "expert" in args.parts:
+        measuring.expert_itself()
 
 
 if __name__ == "__main__":
