@@ -8,7 +8,7 @@ from typing import Any
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.activations import Activations
-from expertsteer_nnsight.packaged_models import model_path
+from expertsteer_nnsight.packaged_models import load
 from expertsteer_nnsight.texts import Position, texts_hash
 
 FILES = {"gemma": "gemma-3-270m", "smol": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
@@ -21,9 +21,7 @@ def model(name: str) -> Any:
     base, _, seed = name.partition("~")
     if seed:
         return es.untrained_like(model(base), int(seed))
-    from nnsight.modeling.transformers import TransformersModel
-
-    return TransformersModel(str(model_path(FILES[base])), task="text-generation", dispatch=True)
+    return load(FILES[base])
 
 
 class States:

@@ -256,16 +256,14 @@ def _fitting(plan: es.SteeringPlan, wrapped: Any, model: str | None) -> es.Steer
 
 
 def _model(name: str, remote: str | None) -> Any:
-    from nnsight.modeling.transformers import TransformersModel
-
-    from .packaged_models import MODELS, resolve
+    from .packaged_models import MODELS, load
 
     known = [packaged for packaged in MODELS if "MiniLM" not in packaged]  # which writes no text
     near = [] if "/" in name or name in known or Path(name).exists() else get_close_matches(name, known, 1, 0.85)
     if near:
         raise ValueError(f"There is no model {name!r}: is {near[0]} meant?")
     try:
-        return TransformersModel(resolve(name), task="text-generation", dispatch=remote is None)
+        return load(name, here=remote is None)
     except OSError as error:
         said = str(error).splitlines()[0]
         raise ValueError(

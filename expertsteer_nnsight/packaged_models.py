@@ -138,6 +138,20 @@ def resolve(name: str) -> str:
     return str(model_path(name)) if name in MODELS else name
 
 
+def load(name: str, here: bool = True) -> Any:
+    """The wrapped model of that name: a packaged model, a hub id or a folder.
+
+    Args:
+        name: of the model.
+        here: with its weights, on the GPU if there is one; False for a model that runs elsewhere.
+    """
+    import torch
+    from nnsight.modeling.transformers import TransformersModel
+
+    where = {"device_map": "cuda"} if here and torch.cuda.is_available() else {}
+    return TransformersModel(resolve(name), task="text-generation", dispatch=here, **where)
+
+
 def verify_converted(folder: Path) -> None:
     """Compares every file of a model with the hash taken when it was made.
 

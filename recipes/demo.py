@@ -18,10 +18,9 @@ from typing import Any
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.labelled import check_disjoint
-from expertsteer_nnsight.packaged_models import model_path
+from expertsteer_nnsight.packaged_models import load
 from expertsteer_nnsight.plotting import figure, plot_doses, plot_layer_scores, plot_receipt
 from recipes.pair import print_continuations
-from recipes.steer_on_ndif import load
 
 
 def _say(what: str) -> None:
@@ -74,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> es.Receipt:
     args = parser.parse_args(argv)
     started = time.time()
 
-    expert = load(args.expert or str(model_path("gemma-3-270m")), here=True)
-    target = load(args.target or str(model_path("SmolLM2-135M-Instruct")), here=True)
+    expert = load(args.expert or "gemma-3-270m")
+    target = load(args.target or "SmolLM2-135M-Instruct")
     pairs, probe = es.example("sentiment_pairs").split("train"), es.example("sentiment_probe")
     words = es.Words(probe["test_prompts"], probe["positive_words"], probe["negative_words"])
     neutral = probe["neutral_texts"][:8]

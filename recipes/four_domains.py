@@ -26,11 +26,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.packaged_models import resolve
+from expertsteer_nnsight.packaged_models import load
 from expertsteer_nnsight.texts import texts_hash
 from recipes.domain_settings import SCALES, Domain
 from recipes.domain_tables import Line, place, read_lines, report
-from recipes.steer_on_ndif import load
 
 PAIRS = 200  # labelled pairs, at most
 READ = 800  # of the training questions that are no labelled text, as anchors, at most
@@ -125,7 +124,7 @@ class Models(dict[str, Any]):
 
     def __missing__(self, role: str) -> Any:
         name, here = self._of[role]
-        return self.setdefault(role, load(resolve(name), here=here))
+        return self.setdefault(role, load(name, here=here))
 
 
 def fitted(
@@ -250,7 +249,7 @@ def describe(domain: Domain, tasks: Tasks, args: Any) -> str:
     """Names and shapes of a domain, resolved without weights."""
     said = [f"{domain.name}:"]
     for role, name in (("expert", domain.expert), ("target", domain.target)):
-        identity = es.Residual(load(resolve(name), here=False))
+        identity = es.Residual(load(name, here=False))
         said.append(f"  {role} {name}: {identity.n_layers} layers, width {identity.hidden_size}")
     pairs, anchors = texts_of(tasks, domain.fit, args.seed, args.anchors)
     said.append(
@@ -329,15 +328,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     for domain in chosen:
         run(domain, tasks, args)
-    report(every, args)
+    if args.parts != ["fit"]:
+        report(every, args)
 
 
 def run(domain: Domain, tasks: Tasks, args: Any) -> None:
     """Fits, calibrates and evaluates one domain."""
     models = Models(domain, args)
     measuring = Measuring(domain, models, tasks, args)
-    if "fit" in args.parts or "measure" in args.parts:
-        plans = kept_plans(domain, models, tasks, args)
+    plans = kept_plans(domain, models, tasks, args) if {"fit", "measure"} & {*args.parts} else []
     if "measure" in args.parts:
         measuring.unsteered()
         for name, i, plan in tqdm(plans, desc=domain.name, unit="plan"):

@@ -15,10 +15,9 @@ from typing import Any
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.identity import ModelIdentity
-from expertsteer_nnsight.packaged_models import cache_folder, model_path
+from expertsteer_nnsight.packaged_models import cache_folder, load
 from expertsteer_nnsight.rollouts import completions, rollouts
 from expertsteer_nnsight.texts import texts_hash
-from recipes.steer_on_ndif import load
 
 ANCHORS = 400
 FIGURES = Path("runs/recipes")
@@ -27,13 +26,13 @@ FIGURES = Path("runs/recipes")
 @functools.cache
 def expert() -> Any:
     """Gemma-3-270M, out of its wheel."""
-    return load(str(model_path("gemma-3-270m")), here=True)
+    return load("gemma-3-270m")
 
 
 @functools.cache
 def target() -> Any:
     """SmolLM2-135M-Instruct, out of its wheel."""
-    return load(str(model_path("SmolLM2-135M-Instruct")), here=True)
+    return load("SmolLM2-135M-Instruct")
 
 
 @functools.lru_cache(maxsize=1)

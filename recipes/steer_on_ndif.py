@@ -17,14 +17,7 @@ import nnsight
 from nnsight import CONFIG
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.packaged_models import model_path
-
-
-def load(name: str, here: bool) -> Any:
-    """A wrapped model: with its weights if it runs here, without them if it runs on NDIF."""
-    from nnsight.modeling.transformers import TransformersModel
-
-    return TransformersModel(name, task="text-generation", dispatch=here)
+from expertsteer_nnsight.packaged_models import load
 
 
 def running(remote: es.Remote) -> str:
@@ -64,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> es.SteeringPlan:
     name = args.target or running(remote)
     print(f"Steering {name} on {remote.address}.")
     target = load(name, here=False)
-    expert = load(args.expert or str(model_path("gemma-3-270m")), here=not args.remote_expert)
+    expert = load(args.expert or "gemma-3-270m", here=not args.remote_expert)
     pairs, probe = es.example("sentiment_pairs").split("train"), es.example("sentiment_probe")
     plan = es.ExpertSteer.recommended().fit(
         expert, target, pairs, es.example("general")[: args.anchors],

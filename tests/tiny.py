@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from contextlib import contextmanager
 
@@ -36,6 +37,7 @@ CONFIGS = {
     "mixtral": lambda v: tr.MixtralConfig(vocab_size=v, num_local_experts=4, **SMALL),
 }  # fmt: skip
 ARCHITECTURES = list(CONFIGS)
+DEVICE = os.environ.get("EXPERTSTEER_TEST_DEVICE", "cpu")
 CORPUS = ["the quick brown fox jumps over the lazy dog. hello world, this is a test of one small model."] * 4
 PROMPTS = [
     "the quick brown fox",
@@ -83,7 +85,7 @@ def build(arch: str = "llama", bos: bool = False, seed: int = 0, **overrides) ->
             if p.ndim > 1:
                 p.mul_(4)
     module.generation_config.eos_token_id = None  # random models should not stop early
-    return TransformersModel(module, tokenizer=tok, task="text-generation")
+    return TransformersModel(module.to(DEVICE), tokenizer=tok, task="text-generation")
 
 
 @functools.cache
