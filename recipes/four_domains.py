@@ -51,13 +51,16 @@ class Tasks:
         folder = Path(__file__).parent / "tasks"
         metadata: dict[str, Any] = {} if data is None else {"data": str(data)}
         self.manager = TaskManager(include_path=str(folder), include_defaults=every, metadata=metadata)
+        self._loaded: dict[tuple[str, str], Any] = {}  # reading a set takes up to seconds, and every arm answers it
 
     def __call__(self, name: str, split: str = "test") -> Any:
         """A task that evaluates one of its splits."""
-        (task,) = self.manager.load([name])["tasks"].values()
-        if split == "validation":
-            task.config.test_split = task.config.validation_split
-        return task
+        if (name, split) not in self._loaded:
+            (task,) = self.manager.load([name])["tasks"].values()
+            if split == "validation":
+                task.config.test_split = task.config.validation_split
+            self._loaded[name, split] = task
+        return self._loaded[name, split]
 
     def rows(self, name: str) -> Iterator[Line]:
         """Training items, as `ContrastPairs.from_choices` takes them: `question`, `options`, `answer`.
