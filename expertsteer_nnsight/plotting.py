@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 
-def figure(width: float | int, height: float | int, columns: int = 1) -> tuple[Any, Any]:
+def figure(width: float | int, height: float | int, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     """A figure and its axes, outside of pyplot's registry.
 
     Args:
         width: in inches, like the height.
         height: of the whole figure.
         columns: axes side by side.
+        rows: of axes.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -23,7 +24,7 @@ def figure(width: float | int, height: float | int, columns: int = 1) -> tuple[A
     except ImportError:
         raise ImportError("Figures need matplotlib: pip install 'expertsteer_nnsight[plot]'.") from None
     fig = Figure(figsize=(width, height), layout="constrained")
-    return fig, fig.subplots(1, columns)
+    return fig, fig.subplots(rows, columns)
 
 
 def plot_receipt(receipt: Any, ax: Any = None) -> Any:

@@ -74,14 +74,86 @@ def summary(lines: list[Line], domains: Sequence[Domain], args: Any) -> list[Lin
     return rows
 
 
+def pooled(lines: list[Line], domains: Sequence[Domain], args: Any) -> list[Line]:
+    """For each arm the mean over tasks of its difference to the unsteered model, of tasks that all arms were measured on.
+
+    Draws of an arm are averaged item by item. The 95 % interval is a percentile bootstrap of the items of each task.
+    """
+    from scipy.stats import bootstrap
+
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for domain in domains:
+        mine = [line for line in lines if place(domain, args).items() <= line.items() and line["split"] == "test"]
+        for task, metric in domain.tasks.items():
+            of = {(line["arm"], line["draw"]): np.array(line[metric], float) for line in mine if line["task"] == task}
+            base = of.pop(("unsteered", 0), None)
+            for arm in sorted({arm for arm, _ in of}) if base is not None else ():
+                found.setdefault(arm, {})[task] = np.mean([x for (name, _), x in of.items() if name == arm], 0) - base
+    shared = set.intersection(*({*of} for of in found.values())) if found else set()
+    made = []
+    for arm, of in found.items() if shared else ():
+        data = [of[task] for task in sorted(shared)]
+
+        def macro(*samples: Any, axis: int = -1) -> Any:
+            return np.mean([x.mean(axis) for x in samples], 0)
+
+        low, high = (
+            bootstrap(
+                data, macro, method="percentile", n_resamples=2000, batch=100, rng=np.random.default_rng(0)
+            ).confidence_interval
+            if any(x.any() for x in data)
+            else (0.0, 0.0)
+        )
+        made.append(
+            {"arm": arm, "tasks": len(data), "difference": float(macro(*data)), "low": float(low), "high": float(high)}
+        )
+    return sorted(made, key=lambda row: -row["difference"])
+
+
+CONTROLS = ("native", "text_features", "untrained", "permuted", "random")
+
+
+def overview(rows: list[Line], means: list[Line]) -> str:
+    """In Markdown: the tasks, a row each, with the span of the controls; and each arm's mean over tasks."""
+    head = ["task", "n", "unsteered", "expert itself", "prompted", "expert", "expert, RFM", "paper", "controls"]
+    out = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
+        of = {row["arm"]: row for row in mine}
+        span = [row["difference"] for row in mine if row["arm"] in CONTROLS]
+        base = of["unsteered"]
+
+        def level(arm: str, of: Any = of, metric: str = base["metric"]) -> str:
+            return f"{of[arm][metric]:.3f}" if arm in of else ""
+
+        def change(arm: str, of: Any = of) -> str:
+            return told(of[arm]) + ("" if of[arm]["holm"] >= 0.05 else " *") if arm in of else ""
+
+        cells = [f"{task.removeprefix('local_')}, {base['metric']}", str(base["n"])]
+        cells += [level(arm) for arm in ("unsteered", "expert_itself", "prompted")]
+        cells += [change(arm) for arm in ("expert", "expert_rfm", "paper")]
+        cells.append(f"{min(span):+.3f} to {max(span):+.3f}" if span else "")
+        out.append("| " + " | ".join(cells) + " |")
+    out += ["", "*: p < 0.05 by McNemar's test after Holm's correction.", ""]
+    if means:
+        out += [f"| arm | mean difference over {means[0]['tasks']} tasks |", "| --- | --- |"]
+        out += [f"| {row['arm']} | {told(row)} |" for row in means]
+    return "\n".join(out)
+
+
+def told(row: Line) -> str:
+    """A difference with its interval."""
+    return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+
+
 def table(rows: list[Line]) -> str:
-    """The rows in Markdown."""
+    """Every row, in Markdown."""
     names = ("acc", "acc_norm", "acc_mutual_info")
     head = ["task", "arm", "n", "dose", *names, "difference", "McNemar p", "Holm"]
     out = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         seen = [f"{row[m]:.3f}" + ("*" if m == row["metric"] else "") if m in row else "" for m in names]
-        gap = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if row["arm"] != "unsteered" else ""
+        gap = told(row) if row["arm"] != "unsteered" else ""
         p = f"{row['p']:.3f}" if row["arm"] != "unsteered" else ""
         arm = row["arm"] + (f" {row['draw']}" if row["arm"] in ("untrained", "permuted", "random") else "")
         cells = [
@@ -101,29 +173,35 @@ def table(rows: list[Line]) -> str:
 def draw(rows: list[Line]) -> Any:
     """Differences to the unsteered model with their intervals, a panel for each task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    fig, axes = figure(4.5 * len(tasks), 5, columns=len(tasks))
-    for ax, task in zip(np.atleast_1d(axes), tasks, strict=True):
-        mine = [row for row in rows if row["task"] == task and row["arm"] != "unsteered"]
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    fig, axes = figure(4 * columns, 4 * lines, columns=columns, rows=lines)
+    for ax in np.ravel(axes)[len(tasks) :]:
+        ax.set_axis_off()
+    for ax, task in zip(np.ravel(axes), tasks, strict=False):
+        mine = [row for row in rows if row["task"] == task and row["arm"] not in ("unsteered", "expert_itself")]
         for y, row in enumerate(reversed(mine)):
             error = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
             color = "C3" if row["arm"].startswith(("expert", "paper")) else "0.4"
             ax.errorbar(row["difference"], y, xerr=np.clip(error, 0, None), fmt="o", ms=4, capsize=2, color=color)
         ax.set_yticks(range(len(mine)), [f"{row['arm']} {row['draw'] or ''}" for row in reversed(mine)], fontsize=7)
         ax.axvline(0, color="0.7", lw=0.8)
-        ax.set_title(f"{task}, {mine[0]['metric'] if mine else ''}", fontsize=9)
+        ax.set_title(f"{task.removeprefix('local_')}, {mine[0]['metric'] if mine else ''}", fontsize=9)
         ax.set_xlabel("accuracy less that of the unsteered model", fontsize=8)
     return fig
 
 
 def report(domains: Sequence[Domain], args: Any) -> None:
-    """Writes the table and the figure of the results in a folder, and prints the table.
+    """Writes the tables and the figure of the results in a folder, and prints the short table.
 
     Raises:
         ValueError: there are no results of these domains with these settings.
     """
-    rows = summary(read_lines(args.out / "results.jsonl"), domains, args)
+    lines = read_lines(args.out / "results.jsonl")
+    rows = summary(lines, domains, args)
     if not rows:
         raise ValueError(f"{args.out} holds no results with these settings: measure first, or name another --out.")
-    (args.out / "table.md").write_text(table(rows) + "\n")
+    short = overview(rows, pooled(lines, domains, args))
+    (args.out / "table.md").write_text(f"{short}\n\n{table(rows)}\n")
     draw(rows).savefig(args.out / "differences.png", dpi=110)
-    print(table(rows))
+    print(short)

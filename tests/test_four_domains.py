@@ -14,7 +14,7 @@ from question_sets import write_sets
 
 from recipes import four_domains
 from recipes.domain_settings import SCALES, Domain
-from recipes.domain_tables import compared, place, read_lines, summary
+from recipes.domain_tables import compared, overview, place, pooled, read_lines, summary
 from recipes.four_domains import contrasted, main
 
 ARMS = {
@@ -78,7 +78,10 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
     assert {line["n"] for line in lines if line["split"] == "validation"} == {12}
     (n,) = {line["n"] for line in tests}
     assert n > 12 and all(len(line["acc_norm"]) == n for line in tests)
-    assert len((out / "table.md").read_text().splitlines()) == 2 + len(tests) + 2
+    text = (out / "table.md").read_text()
+    assert text.count("| local_") == len(tests) and text.count("| mmlu_medical, acc_norm |") == 0
+    assert text.startswith("| task | n | unsteered | expert itself |") and "| medmcqa, acc_norm |" in text
+    assert "mean difference over 1 tasks" in text and all(f"| {arm} | " in text for arm in ARMS - {"unsteered"})
     assert (out / "differences.png").stat().st_size > 10_000 and "McNemar" in (out / "table.md").read_text()
 
     (out / "table.md").unlink()
@@ -171,6 +174,33 @@ def test_results_of_other_settings_and_models_are_left_alone():
     rows = summary(lines, [domain], settings())
     assert [(row["arm"], row["acc"], row["difference"]) for row in rows] == [("unsteered", 0, 0), ("expert", 1, 1)]
     assert compared([1], [0])["difference"] == 1  # one item has no interval
+
+
+def test_an_arms_mean_over_tasks():
+    first, second = (Domain(name, "e", "t", "task", {name: "acc"}, "") for name in "ab")
+    rng = np.random.default_rng(0)
+    domains = [first, second]
+    lines, gained = [], []
+    for domain, share in zip(domains, (0.3, 0.1), strict=True):
+        base = (rng.random(400) < 0.4).astype(int)
+        steered = np.maximum(base, (rng.random(400) < share).astype(int))
+        gained.append(float((steered - base).mean()))
+        for line in results(settings(), domain, base.tolist(), expert=steered.tolist(), random=base.tolist()):
+            lines.append({**line, "task": domain.name})
+    # an arm on one of the tasks alone makes that the only task of the comparison
+    alone = pooled([line for line in lines if (line["arm"], line["task"]) != ("random", "b")], domains, settings())
+    assert {row["tasks"] for row in alone} == {1}
+    other = [{**line, "draw": 1, "acc": [1 - x for x in line["acc"]]} for line in lines if line["arm"] == "random"]
+    rows = {row["arm"]: row for row in pooled([*lines, *other], domains, settings())}
+    assert rows["expert"]["difference"] == pytest.approx(np.mean(gained))
+    variance = sum(g * (1 - g) / 400 for g in gained) / 4  # of a mean of two independent means
+    width = rows["expert"]["high"] - rows["expert"]["low"]
+    assert width == pytest.approx(2 * 1.96 * variance**0.5, rel=0.1)
+    # draws are averaged item by item: half the items right, whatever the model does
+    base = np.mean([np.mean(line["acc"]) for line in lines if line["arm"] == "unsteered"])
+    assert rows["random"]["difference"] == pytest.approx(0.5 - base)
+    text = overview(summary(lines, domains, settings()), pooled(lines, domains, settings()))
+    assert "| a, acc | 400 |" in text and "mean difference over 2 tasks" in text and text.count(" * |") == 2
 
 
 def test_no_option_tells_the_label():
