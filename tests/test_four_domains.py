@@ -142,7 +142,7 @@ def results(args, domain, base, **arms):
             "arm": arm,
             "draw": 0,
             "dose": 1.0,
-            "n": 10,
+            "n": len(acc),
             "acc": acc,
         }
         for arm, acc in {"unsteered": base, **arms}.items()
