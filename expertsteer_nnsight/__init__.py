@@ -15,7 +15,7 @@ from ._version import __version__
 _HOMES = {
     "Activations": "activations",
     "collect": "activations",
-    "Aligner": "alignment",
+    "Aligner": "aligner",
     "AutoencoderAligner": "autoencoder",
     "CovarianceAligner": "alignment",
     "IdentityAligner": "alignment",
@@ -44,9 +44,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from .activations import Activations as Activations
     from .activations import collect as collect
-    from .alignment import (
-        Aligner as Aligner,
-    )
+    from .aligner import Aligner as Aligner
     from .alignment import (
         CovarianceAligner as CovarianceAligner,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._linear import Seed, gaussian, orthonormal, thin_svd
 from ._numeric import as_matrix, like
-from .alignment import Aligner
+from .aligner import Aligner
 
 
 class AutoencoderAligner(Aligner):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ._linear import Kind, Seed, chain, check_kind, gaussian, shuffle, thin_svd
 from ._numeric import as_matrix, like, unit
-from .alignment import Aligner, CovarianceAligner, ProcrustesAligner, RidgeAligner
+from .aligner import Aligner
+from .alignment import CovarianceAligner, ProcrustesAligner, RidgeAligner
 
 
 class PermutedAligner(Aligner):

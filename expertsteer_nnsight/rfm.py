@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,46 +26,11 @@ from torch import Tensor
 
 from ._labels import as_labels, auc, group_positions, is_binary, pearson, row_space
 from ._numeric import as_matrix, like
+from ._rfm_iterate import Iterate, distances
 
 FEW = 30  # rows of a class below which a mean difference is the safer choice
 WEAK = 0.2  # correlation with the labels below which a sign is not to be trusted
 TINY = 1e-100
-
-
-def _distances(A: Tensor, B: Tensor) -> Tensor:
-    a, b = A.square().sum(1)[:, None], B.square().sum(1)
-    squared = a + b - 2 * A @ B.T
-    # rounding leaves about 1e-15 (a + b) between equal rows: make those exactly 0, or 1/D turns it into a gradient
-    return squared.masked_fill(squared <= 1e-12 * (a + b), 0.0).sqrt()
-
-
-@dataclass(frozen=True)
-class _Iterate:
-    """One predictor: coefficients, the metric's factor (None: identity), projected rows, L, mean label, gradients."""
-
-    alpha: Tensor
-    factor: Tensor | None
-    centers: Tensor
-    length: Tensor
-    intercept: Tensor
-    gradients: Tensor
-
-    def predict(self, X: Tensor) -> Tensor:
-        Z = X if self.factor is None else X @ self.factor.T
-        return (-_distances(Z, self.centers) / self.length).exp() @ self.alpha + self.intercept
-
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """AGOP eigenvalues, descending, and eigenvectors in columns."""
-        _, values, vectors = torch.linalg.svd(self.gradients, full_matrices=False)
-        return values.square(), vectors.T
-
-    def widened(self, Q: Tensor | None) -> _Iterate:
-        """The same predictor for rows of full width, given in the basis `Q` here."""
-        if Q is None:
-            return self
-        if self.factor is None:
-            return replace(self, centers=self.centers @ Q.T, gradients=self.gradients @ Q.T)
-        return replace(self, factor=self.factor @ Q.T, gradients=self.gradients @ Q.T)
 
 
 class RecursiveFeatureMachine(RegressorMixin, BaseEstimator):
@@ -160,13 +125,13 @@ class RecursiveFeatureMachine(RegressorMixin, BaseEstimator):
                 raise ValueError(f"{name} must be {wanted}, but is {getattr(self, name)!r}.")
         return grid
 
-    def _iterates(self, C: Tensor, y: Tensor, bandwidth: float, n_iter: int, Q: Tensor | None) -> Iterator[_Iterate]:
+    def _iterates(self, C: Tensor, y: Tensor, bandwidth: float, n_iter: int, Q: Tensor | None) -> Iterator[Iterate]:
         """The predictors with M_0 = I, M_1 ... M_n_iter on rows `C`, which are coordinates in the basis `Q`."""
         factor, ridge = None, self.reg * torch.eye(len(C), dtype=C.dtype, device=C.device)
         intercept = y.mean() if self.center_y else y.new_zeros(())
         for _ in range(n_iter + 1):
             Z = C if factor is None else C @ factor.T
-            D = _distances(Z, Z)
+            D = distances(Z, Z)
             if not (D > 0).any():  # all rows alike under this metric
                 return
             length = bandwidth * (D[D > 0].median() if self.adaptive else D.new_ones(()))
@@ -184,7 +149,7 @@ class RecursiveFeatureMachine(RegressorMixin, BaseEstimator):
             peak = G.abs().max()
             if not peak > TINY:  # K is the identity to machine precision: there is nothing to learn from
                 return
-            yield _Iterate(alpha, factor, Z, length, intercept, G)
+            yield Iterate(alpha, factor, Z, length, intercept, G)
             factor = G / peak
             # an adaptive length makes the metric's scale irrelevant, and saves the way back to d dimensions
             columns = factor if Q is None or self.adaptive else factor @ Q.T
@@ -192,9 +157,9 @@ class RecursiveFeatureMachine(RegressorMixin, BaseEstimator):
 
     def _choose(
         self, C: Tensor, y: Tensor, train: Tensor, val: Tensor, Q: Tensor | None
-    ) -> tuple[tuple[float, float], float, int, _Iterate]:
+    ) -> tuple[tuple[float, float], float, int, Iterate]:
         """The best `(score, squared error)`, bandwidth, iteration and predictor; the last where `val` is empty."""
-        best: tuple[tuple[float, float], float, int, _Iterate] | None = None
+        best: tuple[tuple[float, float], float, int, Iterate] | None = None
         binary = is_binary(y.cpu().numpy())
         for bandwidth in self._grid():
             for t, iterate in enumerate(self._iterates(C[train], y[train], bandwidth, self.n_iter, Q)):
@@ -206,7 +171,7 @@ class RecursiveFeatureMachine(RegressorMixin, BaseEstimator):
                 if best is None or score > best[0]:
                     best = (score, bandwidth, t, iterate)
         if best is None:
-            found = f"the median distance between rows is {float(_distances(C, C).median()):.3g}"
+            found = f"the median distance between rows is {float(distances(C, C).median()):.3g}"
             raise ValueError(
                 f"bandwidth {self.bandwidth} leaves no gradient: {found}; use adaptive=True or a larger one."
             )

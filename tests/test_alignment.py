@@ -14,8 +14,8 @@ from sklearn.linear_model import Ridge
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from expertsteer_nnsight import _linear
+from expertsteer_nnsight.aligner import Aligner
 from expertsteer_nnsight.alignment import (
-    Aligner,
     CovarianceAligner,
     IdentityAligner,
     ProcrustesAligner,
