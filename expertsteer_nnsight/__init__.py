@@ -14,7 +14,7 @@ from ._version import __version__
 # name -> module: public names are imported when first used, so that `import expertsteer_nnsight` costs what nnsight does
 _HOMES = {
     "Activations": "activations",
-    "collect": "activations",
+    "collect": "collecting",
     "Aligner": "aligner",
     "AutoencoderAligner": "autoencoder",
     "CovarianceAligner": "alignment",
@@ -43,7 +43,6 @@ _HOMES = {
 }
 if TYPE_CHECKING:
     from .activations import Activations as Activations
-    from .activations import collect as collect
     from .aligner import Aligner as Aligner
     from .alignment import (
         CovarianceAligner as CovarianceAligner,
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     )
     from .autoencoder import AutoencoderAligner as AutoencoderAligner
     from .calibration import calibrate as calibrate
+    from .collecting import collect as collect
     from .control_arms import untrained_like as untrained_like
     from .directions import find_direction as find_direction
     from .effects import Choices as Choices

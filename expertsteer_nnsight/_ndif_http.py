@@ -61,6 +61,15 @@ def one_line(text: str) -> str:
     return " ".join(text.split()) or "no message"
 
 
+def message_of(told: str) -> str:
+    """The message of the exception that ends a traceback, in one line; the whole text where there is none."""
+    lines = told.strip().splitlines()
+    if "Traceback" in told:
+        starts = [i for i, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(: |$)", line)]
+        lines = lines[starts[-1] :] if starts else lines[-1:]
+    return one_line(" ".join(lines))[:400].rstrip(". ")
+
+
 def model_key(model: Any) -> str:
     """The name by which a server knows a model.
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from .activations import Activations, collect, tokenizer_of
+from .activations import Activations
+from .collecting import collect
 from .control_arms import untrained_like
 from .identity import ModelIdentity, fingerprint
 from .labelled import ContrastPairs, LabelledTexts
 from .positions import prefix_ids
-from .texts import as_texts, texts_hash
+from .texts import as_texts, texts_hash, tokenizer_of
 from .word_ends import shared_ends
 
 

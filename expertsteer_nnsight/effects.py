@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from .activations import tokenizer_of
 from .rollouts import completions, rollouts
-from .scoring import Encoded, encoded, likelihoods, word_scores
+from .scoring import Encoded, encoded, likelihoods
 from .steering import SteeringPlan
-from .texts import Text
+from .texts import Text, tokenizer_of
+from .word_scores import word_scores
 
 if TYPE_CHECKING:
     from .remote import Remote

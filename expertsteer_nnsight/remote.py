@@ -14,7 +14,6 @@ import random
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,8 +26,8 @@ from nnsight.schema.config import ApiConfig
 from nnsight.schema.request import RequestModel
 from tqdm.auto import tqdm
 
-from ._ndif_http import BROKEN, Lost, RemoteFailure, detail, model_key, one_line, send
-from .plan_file import library_versions
+from ._ndif_checks import compare_versions, state_of
+from ._ndif_http import BROKEN, Lost, RemoteFailure, detail, message_of, model_key, send
 
 if TYPE_CHECKING:
     from ._ndif_backend import Backend
@@ -262,21 +261,7 @@ class Remote:
             theirs = answer.json()["packages"] if answer.status_code == 200 else {}
         except (Lost, ValueError, KeyError, TypeError):
             return  # an old or a busy server does not tell; that is no reason not to try
-        ours = library_versions()
-        differ = [
-            n for n in ("nnsight", "torch", "transformers") if n in theirs and _minor(theirs[n]) != _minor(ours[n])
-        ]
-        told = ", ".join(f"{n} {theirs[n]} (here {ours[n]})" for n in differ)
-        if "nnsight" in differ:
-            raise RemoteFailure(
-                f"{self.address} has {told}, and they cannot read each other's jobs: install nnsight=={theirs['nnsight']} here."
-            )
-        if differ:
-            warnings.warn(
-                f"{self.address} has {told}: values may differ a little, and a job fails if modules are named otherwise; "
-                f"install the same versions here if it does.",
-                stacklevel=2,
-            )
+        compare_versions(self.address, theirs)
 
     def _state_of(self, model: Any, name: str) -> str:
         shown = model.repo_id
@@ -284,22 +269,7 @@ class Remote:
             deployed = self.models()
         except RemoteFailure:
             return f"{self.address} does not tell whether it runs {shown}."
-        states = {d.get("application_state") for d in deployed if d.get("model_key") == name}
-        if "RUNNING" in states:
-            return f"{shown} on {self.address} is running."
-        if "DEPLOYING" in states:
-            return f"{shown} is being deployed on {self.address}: the first job waits for it."
-        for other in deployed:
-            if other.get("repo_id") == shown and other.get("application_state") in ("RUNNING", "DEPLOYING"):
-                return (
-                    f"{self.address} runs {shown} with task {other.get('task')!r} and revision "
-                    f"{other.get('revision') or 'main'!r} only, which is another model to it: make yours with the same, or wait "
-                    f"while it is loaded."
-                )
-        return (
-            f"{shown} is not in {self.address}'s list of running models, which may be a minute old: the server loads it now, or "
-            f"refuses to (print(nnsight.status()) shows the list)."
-        )
+        return state_of(self.address, deployed, shown, name)
 
     @contextmanager
     def explained(self, what: str, less: str, after: str = "") -> Iterator[None]:
@@ -316,7 +286,7 @@ class Remote:
         try:
             yield
         except RemoteError as error:
-            told = _message(str(error))
+            told = message_of(str(error))
             limit = any(word in told.lower() for word in ("execution timeout", "out of memory"))
             hint = f"; ask for less in one job ({less})" if limit else ""
             raise RemoteFailure(f"{what} failed on {self.address}: {told}{hint}{after}.") from error
@@ -327,16 +297,3 @@ class Remote:
             if after:
                 stop.add_note(after.removeprefix("; "))
             raise
-
-
-def _message(told: str) -> str:
-    """The message of the exception that ends a traceback, in one line; the whole text where there is none."""
-    lines = told.strip().splitlines()
-    if "Traceback" in told:
-        starts = [i for i, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(: |$)", line)]
-        lines = lines[starts[-1] :] if starts else lines[-1:]
-    return one_line(" ".join(lines))[:400].rstrip(". ")
-
-
-def _minor(version: str) -> list[str]:
-    return version.split("+")[0].split(".")[:2]

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import nnsight
 import torch
 
-from .activations import host_of, tokenizer_of
+from ._hosts import host_of
 from .scoring import Encoded, encoded
 from .steering import SteeringPlan
+from .texts import tokenizer_of
 
 if TYPE_CHECKING:
     from .remote import Remote

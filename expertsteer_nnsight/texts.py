@@ -82,6 +82,21 @@ def texts_hash(texts: Iterable[Text]) -> str:
     return digest.hexdigest()[:16]
 
 
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer of a wrapped model.
+
+    Raises:
+        ValueError: it has none, as a bare `NNsight(module)` has not.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            f"The wrapped {type(model._module).__name__} has no tokenizer, which reading texts needs: "
+            f'load it as TransformersModel(module, tokenizer=..., task="text-generation").'
+        )
+    return tokenizer
+
+
 def encode(tokenizer: Any, text: Text, known: tuple[Any, Any] | None = None) -> tuple[list[int], int]:
     """Token ids of a text, and how many special tokens stand before it.
 

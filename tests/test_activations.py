@@ -18,7 +18,8 @@ import torch
 from tiny import ARCHITECTURES, PROMPTS, build, hooks, tiny
 from torch import Tensor
 
-from expertsteer_nnsight.activations import Activations, collect
+from expertsteer_nnsight.activations import Activations
+from expertsteer_nnsight.collecting import collect
 from expertsteer_nnsight.positions import prefix_ids
 from expertsteer_nnsight.residual import Residual
 from expertsteer_nnsight.word_ends import shared_ends
@@ -291,7 +292,7 @@ import torch
 torch.set_num_threads(1)
 from tiny import build
 from test_activations import TEXTS, blocks
-from expertsteer_nnsight.activations import Activations, collect
+from expertsteer_nnsight.collecting import collect
 model = build(seed=5)
 blocks(model)[0].register_forward_pre_hook(lambda *_: time.sleep(0.5))
 collect(model, TEXTS, cache=sys.argv[1], shard_size=2, batch_size=2, progress=False)

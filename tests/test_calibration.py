@@ -11,9 +11,10 @@ import torch
 from tiny import ARCHITECTURES, PROMPTS, tiny
 
 from expertsteer_nnsight.calibration import calibrate, calibrate_many, neutral_tokens, total_strength, with_total
-from expertsteer_nnsight.scoring import costs, encoded, stack, word_scores
+from expertsteer_nnsight.scoring import costs, encoded, stack
 from expertsteer_nnsight.steering import SteeringPlan
 from expertsteer_nnsight.vectors import SteeringVector
+from expertsteer_nnsight.word_scores import word_scores
 
 
 def plans(n=3, layers=(1, 2), norm=5.0):
@@ -168,7 +169,7 @@ def test_a_word_counts_with_its_own_token_where_the_tokenizer_puts_a_space_befor
 
     known = encoded(model, PROMPTS)
     expected = word_scores(model, [], known, ["dog"], ["fox"])
-    monkeypatch.setattr("expertsteer_nnsight.scoring.tokenizer_of", lambda _: Spaced())
+    monkeypatch.setattr("expertsteer_nnsight.word_scores.tokenizer_of", lambda _: Spaced())
     torch.testing.assert_close(word_scores(model, [], known, ["dog"], ["fox"]), expected)
 
 

@@ -12,9 +12,10 @@ from nnsight import CONFIG
 from tiny import PROMPTS, build
 
 import expertsteer_nnsight as es
+from expertsteer_nnsight._ndif_http import message_of
 from expertsteer_nnsight._shards import kept_until_done
-from expertsteer_nnsight.activations import _cut
-from expertsteer_nnsight.remote import Remote, RemoteFailure, _message
+from expertsteer_nnsight.collecting import _cut
+from expertsteer_nnsight.remote import Remote, RemoteFailure
 
 
 class Named(type(build())):
@@ -99,14 +100,15 @@ def test_a_website_is_no_server(model, website, tmp_path, monkeypatch):
 
 
 def test_the_message_of_a_traceback_is_told_whole():
-    told = _message(
+    told = message_of(
         "Traceback (most recent call last):\n  File x\n    y\nRuntimeError: CUDA error: assert\n\nCompile with X.\n"
     )
     assert told == "RuntimeError: CUDA error: assert Compile with X"
     assert (
-        _message("Your job exceeded the execution\n timeout of 2s.") == "Your job exceeded the execution timeout of 2s"
+        message_of("Your job exceeded the execution\n timeout of 2s.")
+        == "Your job exceeded the execution timeout of 2s"
     )
-    assert _message("") == "no message"
+    assert message_of("") == "no message"
 
 
 def test_a_state_of_a_model_is_told_for_what_it_is(model, monkeypatch):
@@ -137,7 +139,7 @@ subprocess.run([sys.executable, "-c", code], input=cloudpickle.dumps(use), check
 def test_the_package_goes_to_other_processes_of_this_machine_as_it_is():
     # as joblib does it; here the tests' type checks wrap every function, which cannot be sent
     done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True)
-    assert done.stdout.strip() == "('expertsteer_nnsight.activations', 'expertsteer_nnsight.remote')", done.stderr
+    assert done.stdout.strip() == "('expertsteer_nnsight.collecting', 'expertsteer_nnsight.remote')", done.stderr
 
 
 def test_one_process_at_a_time_keeps_what_comes_back(tmp_path, monkeypatch):

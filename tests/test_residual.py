@@ -9,7 +9,7 @@ from tiny import ARCHITECTURES, PROMPTS, build, hooks, tiny
 from tiny import bridge as bridge_of
 from torch import nn
 
-from expertsteer_nnsight.activations import collect
+from expertsteer_nnsight.collecting import collect
 from expertsteer_nnsight.residual import Residual, hidden, layers_path
 from expertsteer_nnsight.steering import SteeringPlan
 from expertsteer_nnsight.vectors import SteeringVector

@@ -28,10 +28,11 @@ except ImportError as error:
         'Evaluating with lm-evaluation-harness needs the extra: pip install "expertsteer_nnsight[lm-eval]".'
     ) from error
 
-from ..activations import host_of, tokenizer_of
+from .._hosts import host_of
 from ..identity import ModelIdentity, fingerprint
 from ..positions import prefix_of
 from ..steering import SteeringPlan
+from ..texts import tokenizer_of
 from ._continuations import Scorer, Text, has_border
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from expertsteer_nnsight import Positions, Remote, SteeringPlan
 from expertsteer_nnsight.calibration import calibrate_many
 from expertsteer_nnsight.control_arms import random_plans
 from expertsteer_nnsight.measuring import measure
-from expertsteer_nnsight.scoring import costs, word_scores
+from expertsteer_nnsight.scoring import costs
 from expertsteer_nnsight.word_ends import shared_ends
+from expertsteer_nnsight.word_scores import word_scores
 
 PROMPTS = ["The capital of France is", "My favourite food is a big plate of", "Once upon a time"]
 TEXTS = es.example("general")[:60]
