@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from expertsteer_nnsight.labelled import _words
+from expertsteer_nnsight.overlap import _words
 
 NEAR = 0.6  # share of common words from which on two texts are near copies
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .collecting import collect
 from .control_arms import untrained_like
 from .identity import ModelIdentity, fingerprint
 from .labelled import ContrastPairs, LabelledTexts
+from .overlap import overlap
 from .positions import prefix_ids
 from .texts import as_texts, texts_hash, tokenizer_of
 from .word_ends import shared_ends
@@ -19,6 +21,8 @@ from .word_ends import shared_ends
 
 class Reading:
     """Reads the states that a fit and its control arms need, each once.
+
+    What came back from a remote model is kept until the `with` block that it is used in has succeeded.
 
     Args:
         steer: the `ExpertSteer`, for its position and layers.
@@ -44,6 +48,7 @@ class Reading:
         **settings: Any,
     ) -> None:
         self.models, self.kept, self.cache, self.settings = models, kept, cache, settings
+        self._until = ExitStack()
         expert, base = ModelIdentity.of(models["expert"][0]), models["base"][0]
         if base is None:
             self.labelled = LabelledTexts.of(pairs)
@@ -65,6 +70,12 @@ class Reading:
         further = steer.anchor_ends if steer.position == "last" else 0
         self.ends = shared_ends(self.anchors, known, further, steer.random_state) if further else None
 
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._until.__exit__(*raised)
+
     @property
     def anchor_texts(self) -> list[Any]:
         """What was read at each row of the anchors' states."""
@@ -80,6 +91,25 @@ class Reading:
         """What `fit_activations` takes: labelled states, labels, the expert's anchors and the target's."""
         x, expert_anchors = self._as_expert("expert")
         return x, self.labelled.labels, expert_anchors, self._read("target", "anchors")
+
+    def shared(self) -> list[int]:
+        """Numbers of the anchors that `overlap` with the labelled texts."""
+        # with a base model no text tells the classes apart, so that no anchor can carry a label over
+        return overlap(self.anchors, self.labelled.texts) if self.models["base"][0] is None else []
+
+    def record(self, shared: int) -> dict[str, Any]:
+        """What a plan's info tells of the base model and the texts, `shared` of whose anchors are labelled."""
+        data = {
+            "labels": self.labelled.source,
+            "labelled": len(self.texts),
+            "labelled_hash": texts_hash(self.texts),
+            "anchors": len(self.anchors),
+            "anchors_hash": texts_hash(self.anchors),
+            "anchors_labelled": shared,
+        }
+        base = self.models["base"][0]
+        of = {} if base is None else {"base": ModelIdentity.of(base).to_dict()}
+        return {**of, "data": data}
 
     def control_states(self, untrained: int) -> dict[str, Any]:
         """What `control_arms` takes besides. Where a base model is the other class, texts have no labels of their own."""
@@ -113,7 +143,8 @@ class Reading:
         if key in self.kept:
             return self.kept[key]
         where = None if self.cache is None else Path(self.cache) / f"{name}-{kind}"
-        found = collect(model, texts, layers, self.position, cache=where, ends=ends, remote=remote, **self.settings)
+        own = {"cache": where, "ends": ends, "remote": remote, "_until": self._until}
+        found = collect(model, texts, layers, self.position, **own, **self.settings)
         if name in ("expert", "target", "base"):
             self.kept[key] = found
         return found

@@ -6,43 +6,32 @@ they attest, with our choice where they are silent; `recommended()` holds what w
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from jaxtyping import Float
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
 
+from ._fitting import NO_VALIDATION, Anchors, Labelled, chosen_pairs, fitted_pairs, plain_value, wanted_layers
 from ._reading import Reading
 from .activations import Activations
-from .alignment import Aligner, CovarianceAligner, ProcrustesAligner, RidgeAligner
+from .aligner import Aligner
+from .alignment import CovarianceAligner, ProcrustesAligner
 from .autoencoder import AutoencoderAligner
 from .control_arms import Arms, control_arms
-from .directions import find_direction
 from .identity import ModelIdentity
-from .labelled import overlap, overlap_message
-from .layer_matching import LayerPair, match_layers
+from .layer_matching import LayerPair
 from .layer_sweep import Validation, sweep
-from .plan_file import library_versions
+from .overlap import overlap_message
 from .rfm import RecursiveFeatureMachine
 from .steering import SteeringPlan
-from .texts import Position, texts_hash
-from .vectors import SteeringVector
-
-_NO_VALIDATION = 'select="sweep" needs fit(validation=Validation(effect, neutral)), of expertsteer_nnsight.layer_sweep.'
+from .texts import Position
 
 if TYPE_CHECKING:
     from .remote import Remote
-
-Labelled = Mapping[int, Float[Tensor, "text hidden"]]
-Anchors = Mapping[int, Float[Tensor, "anchor hidden"]]
 
 
 class ExpertSteer(BaseEstimator):
@@ -159,7 +148,7 @@ class ExpertSteer(BaseEstimator):
     @property
     def settings(self) -> dict[str, Any]:
         """The parameters as plain values, as a plan keeps them."""
-        return {k: _plain(v) for k, v in self.get_params(deep=False).items()}
+        return {k: plain_value(v) for k, v in self.get_params(deep=False).items()}
 
     # -- fitting -----------------------------------------------------------------------------------------------------
 
@@ -209,31 +198,18 @@ class ExpertSteer(BaseEstimator):
             UserWarning: anchors that are labelled texts, or nearly.
         """
         if self.select == "sweep" and self.layers is None and validation is None:
-            raise ValueError(_NO_VALIDATION)
+            raise ValueError(NO_VALIDATION)
         kept: dict[Any, Activations] = {}
         models = {"expert": (expert, remote_expert), "target": (target, remote_target), "base": (base, remote_base)}
-        with ExitStack() as until:
-            read = Reading(
-                self, models, pairs, anchors, kept, cache, batch_size=batch_size, progress=progress, _until=until
-            )
-            labelled, anchors = read.labelled, read.anchors
-            # with a base model no text tells the classes apart, so that no anchor can carry a label over
-            shared = overlap(anchors, labelled.texts) if base is None else []
+        with Reading(self, models, pairs, anchors, kept, cache, batch_size=batch_size, progress=progress) as read:
+            shared = read.shared()
             if shared:
-                warnings.warn(f"{overlap_message(anchors, shared)}: take them out.", UserWarning, stacklevel=2)
+                warnings.warn(f"{overlap_message(read.anchors, shared)}: take them out.", UserWarning, stacklevel=2)
             validate = None if validation is None else partial(sweep, target, validation=validation)
-            self.fit_activations(*read.fit_states(), groups=labelled.groups, validate=validate)
+            self.fit_activations(*read.fit_states(), groups=read.labelled.groups, validate=validate)
         self.states_ = kept
-        data = {
-            "labels": labelled.source,
-            "labelled": len(read.texts),
-            "labelled_hash": texts_hash(read.texts),
-            "anchors": len(anchors),
-            "anchors_hash": texts_hash(anchors),
-            "anchors_labelled": len(shared),
-        }
-        of = {} if base is None else {"base": ModelIdentity.of(base).to_dict()}
-        self.plan_ = SteeringPlan(self.plan_.vectors, self.plan_.target, {**self.plan_.info, **of, "data": data})
+        info = {**self.plan_.info, **read.record(len(shared))}
+        self.plan_ = SteeringPlan(self.plan_.vectors, self.plan_.target, info)
         return self.plan_
 
     def controls(
@@ -282,10 +258,7 @@ class ExpertSteer(BaseEstimator):
         check_is_fitted(self, "plan_")
         kept = getattr(self, "states_", {})
         models = {"expert": (expert, remote_expert), "target": (target, remote_target), "base": (base, remote_base)}
-        with ExitStack() as until:
-            read = Reading(
-                self, models, pairs, anchors, kept, cache, batch_size=batch_size, progress=progress, _until=until
-            )
+        with Reading(self, models, pairs, anchors, kept, cache, batch_size=batch_size, progress=progress) as read:
             return control_arms(self, *read.fit_states(), **read.control_states(untrained), draws=draws)
 
     def wanted_layers(self, expert: ModelIdentity, target: ModelIdentity) -> tuple[list[int], list[int]]:
@@ -294,21 +267,7 @@ class ExpertSteer(BaseEstimator):
         Raises:
             ValueError: a layer pair was asked for that a model does not have.
         """
-        if self.layers is not None:
-            for pair in self.layers:
-                for layer, model, side in zip(pair, (expert, target), ("expert", "target"), strict=True):
-                    if not 0 <= layer < model.n_layers:
-                        raise ValueError(
-                            f"The layer pair {tuple(pair)} was asked for, but the {side} {model.name or model.kind} has layers "
-                            f"0 to {model.n_layers - 1}."
-                        )
-            return sorted({e for e, _ in self.layers}), sorted({t for _, t in self.layers})
-        low, high = self.band
-
-        def inside(n: int) -> list[int]:
-            return [i for i in range(n) if low <= (i / (n - 1) if n > 1 else 0.0) <= high]
-
-        return inside(expert.n_layers), inside(target.n_layers)
+        return wanted_layers(self, expert, target)
 
     def fit_activations(
         self,
@@ -333,81 +292,7 @@ class ExpertSteer(BaseEstimator):
         Raises:
             ValueError: a layer is missing, or settings contradict each other.
         """
-        self.sweep_ = None
-        if self.space not in ("expert", "target"):
-            raise ValueError(f'space must be "expert" or "target", got {self.space!r}.')
-        self.scores_ = None
-        if self.n_pairs < 1:
-            raise ValueError(f"n_pairs is {self.n_pairs}: at least one layer pair is needed.")
-        if self.layers is not None:
-            self.pairs_ = [LayerPair(int(e), int(t), math.nan) for e, t in self.layers]
-            missing = [p for p in self.pairs_ if p.expert not in expert_anchors or p.target not in target_anchors]
-            if missing:
-                e, t, _ = missing[0]
-                raise ValueError(f"The layer pair ({e}, {t}) was asked for, but there are no states of one of them.")
-        else:
-            whole = [getattr(anchors, "whole", anchors) for anchors in (expert_anchors, target_anchors)]
-            self.scores_ = match_layers(whole[0], whole[1], self.score, self.permutations, self.random_state)
-            if self.select == "sweep":
-                if validate is None:
-                    raise ValueError(_NO_VALIDATION)
-                candidates = self.scores_._ranked("highest", "target", self.band)
-                other: Any = clone(self)
-                other.set_params(layers=[(p.expert, p.target) for p in candidates])
-                every = other.fit_activations(labelled, labels, expert_anchors, target_anchors, groups)
-                self.sweep_ = validate(every, candidates)
-                self.pairs_ = [pair for pair, _ in self.sweep_[: self.n_pairs]]
-            else:
-                self.pairs_ = self.scores_._ranked(self.select, "target", self.band)[: self.n_pairs]
-        self.aligners_, self.directions_, vectors, steps = [], [], [], []
-        for pair in self.pairs_:
-            anchors, y = expert_anchors[pair.expert], target_anchors[pair.target]
-            aligner: Any = clone(self.aligner if self.aligner is not None else RidgeAligner())
-            if "random_state" in aligner.get_params():
-                aligner.set_params(random_state=self.random_state)
-            r2 = _held_out_r2(aligner, anchors, y, getattr(target_anchors, "text_of", None), self.random_state)
-            aligner.fit(anchors, y)
-            x = labelled[pair.expert]
-            x = aligner.transform(x) if self.space == "target" else x
-            found = find_direction(x, labels, self.direction, self.kind, groups, self.random_state)
-            v = found.vector if self.space == "target" else aligner.map_direction(found.vector, found.space)
-            v = v if v.ndim == 1 else v[0]
-            self.aligners_.append(aligner)
-            self.directions_.append(found)
-            vectors.append(
-                SteeringVector(
-                    pair.target, v, self.strength / math.sqrt(len(self.pairs_)), target_anchors.norm(pair.target),
-                    self.op, self.where, skip_special=self.skip_special,
-                )
-            )  # fmt: skip
-            score = None if math.isnan(pair.score) else pair.score
-            steps.append({"expert_layer": pair.expert, "target_layer": pair.target, "score": score, "held_out_r2": r2,
-                          "method": found.method, "space": found.space, **found.details})  # fmt: skip
-        expert = getattr(labelled, "model", getattr(expert_anchors, "model", None))
-        info = {
-            "expert": expert.to_dict() if isinstance(expert, ModelIdentity) else None,
-            "settings": self.settings,
-            "pairs": steps,
-            "versions": library_versions(),
-        }
-        self.plan_ = SteeringPlan(tuple(vectors), target_anchors.model, info)
+        states = (labelled, labels, expert_anchors, target_anchors, groups)
+        self.scores_, self.sweep_, self.pairs_ = chosen_pairs(self, *states, validate)
+        self.aligners_, self.directions_, self.plan_ = fitted_pairs(self, self.pairs_, *states)
         return self.plan_
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (int, float, str, type(None))):
-        return value
-    # a function's own text holds its address in memory
-    return getattr(value, "__name__", "function") if callable(value) else str(value)
-
-
-def _held_out_r2(aligner: Any, x: Tensor, y: Tensor, text_of: Any, random_state: int) -> float | None:
-    """R² on the rows of a tenth of the anchors of a map fitted on the others; None for too few to tell."""
-    text = torch.arange(len(x)) if text_of is None else torch.tensor(text_of)
-    n = int(text.max()) + 1
-    if n < 20:
-        return None
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(random_state))
-    test = torch.isin(text, order[: n // 10])
-    probe: Any = clone(aligner)
-    return probe.fit(x[~test], y[~test]).score(x[test], y[test])

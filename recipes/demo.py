@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.labelled import check_disjoint
+from expertsteer_nnsight.overlap import check_disjoint
 from expertsteer_nnsight.packaged_models import load
 from expertsteer_nnsight.plotting import figure, plot_doses, plot_layer_scores, plot_receipt
 from recipes.pair import print_continuations

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tokenizer
 
-from expertsteer_nnsight.labelled import ContrastPairs, LabelledTexts, check_disjoint, example, overlap
+from expertsteer_nnsight.labelled import ContrastPairs, LabelledTexts, example
+from expertsteer_nnsight.overlap import check_disjoint, overlap
 from expertsteer_nnsight.texts import as_texts, encode, texts_hash, token_index
 
 ROWS = [
