@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +11,18 @@ from typing import Annotated, Any
 import typer
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.identity import ModelIdentity
-from expertsteer_nnsight.texts import as_texts, texts_hash
+from expertsteer_nnsight._cli_inputs import (
+    effect_of,
+    model_of,
+    neutral_of,
+    plan_for,
+    plan_of,
+    remote_of,
+    remotes_of,
+    target_of,
+    texts_of,
+)
+from expertsteer_nnsight.texts import texts_hash
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -86,13 +95,13 @@ def fit(
     """Make a plan from contrast pairs, and calibrate its strength."""
     if kl < 0:
         raise ValueError(f"--kl is {kl:g}: a budget is above 0, and 0 leaves the plan as it was fitted.")
-    texts, calm = _texts(pairs, anchors), _neutral(neutral)
-    models = _model(expert, remote_expert), _model(target, remote_target)
+    texts, calm = texts_of(pairs, anchors), neutral_of(neutral)
+    models = model_of(expert, remote_expert), model_of(target, remote_target)
     steer = getattr(es.ExpertSteer, preset)(random_state=seed)
-    plan = steer.fit(*models, *texts, cache=cache, **_where(remote_expert, remote_target))
+    plan = steer.fit(*models, *texts, cache=cache, **remotes_of(remote_expert, remote_target))
     if kl:
         plan.save(out)  # should the calibration fail
-        plan = es.calibrate(plan, models[1], calm, kl, remote=_host(remote_target), progress=True)
+        plan = es.calibrate(plan, models[1], calm, kl, remote=remote_of(remote_target), progress=True)
     plan.save(out)
     typer.echo(f"{plan}\nWrote {out}.")
 
@@ -118,13 +127,13 @@ def generate(
 
     from .rollouts import completions, rollouts
 
-    steering = _loaded(plan, dose)
-    wrapped = _model(_target(steering, model), remote)
-    steering = _fitting(steering, wrapped, model)
+    steering = plan_of(plan, dose)
+    wrapped = model_of(target_of(steering, model), remote)
+    steering = plan_for(steering, wrapped, model)
     texts: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
     for name, arm in {**({"unsteered": None} if unsteered else {}), "steered": steering}.items():
         torch.manual_seed(seed)
-        made = rollouts(wrapped, texts, arm, tokens, do_sample=sample, remote=_host(remote))
+        made = rollouts(wrapped, texts, arm, tokens, do_sample=sample, remote=remote_of(remote))
         for prompt, said in zip(prompts, completions(wrapped, made), strict=True):
             told = f"{name}:\n" if unsteered else ""
             typer.echo(f"{told}{prompt}{chr(10) if chat else ''}{said}\n")
@@ -157,32 +166,32 @@ def receipt(
     remote_target: RemoteTarget = None,
 ) -> None:
     """Measure a plan's effect, cost and controls at equal KL; the plan is fitted again for its controls."""
-    tested = _loaded(plan)
+    tested = plan_of(plan)
     source = tested.info.get("expert")
     named = expert or (source.get("id") if isinstance(source, dict) else source)
     if not named:
         raise ValueError(f"{plan} does not say which expert it came from: name it with --expert.")
-    measured, labelled, texts = _effect(effect), *_texts(pairs, anchors)
-    models = _model(named, remote_expert), _model(_target(tested, model), remote_target)
+    measured, labelled, texts = effect_of(effect), *texts_of(pairs, anchors)
+    models = model_of(named, remote_expert), model_of(target_of(tested, model), remote_target)
     hashes = {"labelled_hash": texts_hash(labelled.texts), "anchors_hash": texts_hash(texts)}
     known = tested.info.get("data", {})
     if any(known.get(k, v) != v for k, v in hashes.items()):
         raise ValueError(
             f"{plan} was fitted on other texts than these: give the --pairs and --anchors that it was made of."
         )
-    steer, where = getattr(es.ExpertSteer, preset)(random_state=seed), _where(remote_expert, remote_target)
+    steer, where = getattr(es.ExpertSteer, preset)(random_state=seed), remotes_of(remote_expert, remote_target)
     if steer.settings != tested.info.get("settings"):
         raise ValueError(f"{plan} was fitted with other settings: give the --preset and --seed that it was made with.")
     steer.fit(*models, labelled, texts, cache=cache, **where)
     controls = steer.controls(*models, labelled, texts, untrained=untrained, draws=draws, cache=cache, **where)
     found = es.receipt(
-        _fitting(tested, models[1], model),
+        plan_for(tested, models[1], model),
         models[1],
         measured,
-        _neutral(neutral),
+        neutral_of(neutral),
         controls,
         draws=draws,
-        remote=_host(remote_target),
+        remote=remote_of(remote_target),
     )
     found.plan.save(out or plan)
     typer.echo(f"{found}\nWrote {out or plan}.")
@@ -193,7 +202,7 @@ def info(plan: PlanFile, as_json: Annotated[bool, typer.Option("--json", help="t
     """Print what a plan is, where it came from and what was measured."""
     import torch
 
-    shown = _loaded(plan)
+    shown = plan_of(plan)
     if as_json:
         kept = ("layer", "op", "where", "from_step", "skip_special", "residual_norm")
         vectors = [
@@ -222,12 +231,12 @@ def export(
     """Write a plan for another tool: llama.cpp and repeng (gguf), lm-eval's steered model, plain vectors, or the hub."""
     from .interop.formats import EXPORTS
 
-    taken = _loaded(plan, dose)
+    taken = plan_of(plan, dose)
     if to == Format.hub:
         typer.echo(f"Wrote {taken.push_to_hub(out)}")
         return
-    wrapped = _model(_target(taken, model), "names") if to == Format.lm_eval or model else None
-    written = EXPORTS[to](_fitting(taken, wrapped, model), out, wrapped)
+    wrapped = model_of(target_of(taken, model), "names") if to == Format.lm_eval or model else None
+    written = EXPORTS[to](plan_for(taken, wrapped, model), out, wrapped)
     typer.echo(f"Wrote {written}. Its reader steers every token, also a <bos>, and knows of no dose.")
 
 
@@ -238,81 +247,6 @@ def main() -> None:
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         typer.echo(f"expertsteer: {error}", err=True)
         sys.exit(1)
-
-
-# -- what the commands share -----------------------------------------------------------------------------------------
-
-
-def _loaded(path: Path, dose: float | None = None) -> es.SteeringPlan:
-    plan = es.SteeringPlan.load(path)
-    return plan if dose is None else plan.at_dose(dose)
-
-
-def _fitting(plan: es.SteeringPlan, wrapped: Any, model: str | None) -> es.SteeringPlan:
-    if model is None:
-        return plan
-    plan.check(wrapped, any_id=True)  # a model of any name, but of the plan's width and depth
-    return es.SteeringPlan(plan.vectors, ModelIdentity.of(wrapped), plan.info)
-
-
-def _model(name: str, remote: str | None) -> Any:
-    from .packaged_models import MODELS, load
-
-    known = [packaged for packaged in MODELS if "MiniLM" not in packaged]  # which writes no text
-    near = [] if "/" in name or name in known or Path(name).exists() else get_close_matches(name, known, 1, 0.85)
-    if near:
-        raise ValueError(f"There is no model {name!r}: is {near[0]} meant?")
-    try:
-        return load(name, here=remote is None)
-    except OSError as error:
-        said = str(error).splitlines()[0]
-        raise ValueError(
-            f"{name!r} is no folder and no packaged model ({', '.join(known)}), and the hub did not give it: {said}"
-        ) from None
-
-
-def _target(plan: es.SteeringPlan, model: str | None) -> str:
-    named = model or (plan.target.id if plan.target else None)
-    if not named:
-        raise ValueError("The plan does not say which model it is for: name it with --model.")
-    return named
-
-
-def _host(remote: str | None) -> Any:
-    return False if remote is None else True if remote == "ndif" else remote
-
-
-def _where(remote_expert: str | None, remote_target: str | None) -> dict[str, Any]:
-    return {"remote_expert": _host(remote_expert), "remote_target": _host(remote_target)}
-
-
-def _texts(pairs: Path | None, anchors: Path | None) -> tuple[es.ContrastPairs, list[Any]]:
-    labelled = es.example("sentiment_pairs").split("train") if pairs is None else es.ContrastPairs.from_jsonl(pairs)
-    return labelled, list(es.example("general")) if anchors is None else as_texts(anchors)
-
-
-def _neutral(path: Path | None) -> list[Any]:
-    return list(es.example("sentiment_probe")["neutral_texts"][:8]) if path is None else as_texts(path)
-
-
-def _effect(path: Path | None) -> Any:
-    try:
-        found = es.example("sentiment_probe") if path is None else json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}).") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"An effect's file holds an object, but {path} a {type(found).__name__}.")
-    if "items" in found:
-        wrong = next((item for item in found["items"] if isinstance(item, str) or len(item) != 3), None)
-        if wrong is not None:
-            raise ValueError(f"An item of {path} is a prompt, a text and the other text, but one is {wrong!r:.60}.")
-        return es.Choices([tuple(item) for item in found["items"]])
-    prompts = found.get("prompts", found.get("test_prompts"))
-    if prompts is None or not {"positive_words", "negative_words"} <= set(found):
-        raise ValueError(
-            f"An effect's file needs prompts, positive_words and negative_words, or items, but {path} has {sorted(found)}."
-        )
-    return es.Words(prompts, found["positive_words"], found["negative_words"])
 
 
 if __name__ == "__main__":

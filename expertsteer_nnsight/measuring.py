@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from .calibration import ROLLOUT, Calibration, either_sign, neutral_tokens, total_strength, with_total
+from ._shares import notes_on, shares_of_native, spread_of_draws
+from .calibration import ROLLOUT, Calibration, either_sign, neutral_tokens, with_total
 from .effects import Effect
 from .receipts import NULLS, Receipt, interval
 from .rollouts import completions, rollouts, variety
@@ -114,7 +114,7 @@ def _arms(
             "draws": len(plans),
             "n": per_item.shape[1],
             "effect": float(torch.quantile(effects.abs(), 0.95)) if null else float(items.mean()),
-            "interval": None if null else list(interval(items, None, *_seeds(effects.tolist()))[1:]),
+            "interval": None if null else list(interval(items, None, *spread_of_draws(effects.tolist()))[1:]),
             "effects": effects.tolist(),
             "items": [] if null else items.tolist(),
             "score_plus": float(score[:, 0].mean()),
@@ -211,8 +211,8 @@ def receipt(
     notes = []
     if labelled := plan.info.get("data", {}).get("anchors_labelled"):
         notes.append(f"{labelled} of the anchors are labelled texts, which carry the labels over for any expert")
-    shares = _shares(made)
-    notes += _noted(plan, made, shares, effect)
+    shares = shares_of_native(made)
+    notes += notes_on(plan, made, shares, effect)
     found = Receipt(
         made, base.unsteered, base.kl_budget, base.unit, shares, _doses(model, at_dose, made, effect, doses, how),
         _rollouts(model, at_dose, neutral, rollout_tokens, remote), notes, base.neutral,
@@ -222,49 +222,6 @@ def receipt(
 
 def _first(arm: Any) -> SteeringPlan:
     return arm if isinstance(arm, SteeringPlan) else arm[0]
-
-
-def _shares(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Ratios to native with intervals over the items that all arms share."""
-    if "native" not in arms:
-        return {}
-    native, expert = (np.array(arms[name]["items"]) for name in ("native", "expert"))
-    by_chance = arms["random"]["effect"] if "random" in arms else 0.0
-    if arms["native"]["interval"][0] <= 0 or arms["native"]["effect"] <= by_chance:
-        return {}
-
-    def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
-        return a.mean(axis) / b.mean(axis)
-
-    found = {"expert": list(interval(np.stack([expert, native]), ratio))}
-    if "untrained" in arms:
-        rows = np.stack([expert - np.array(arms["untrained"]["items"]), native])
-        error, freedom = _seeds(arms["untrained"]["effects"])
-        found["beyond_untrained"] = list(interval(rows, ratio, error / float(native.mean()), freedom))
-    return found
-
-
-def _seeds(effects: Sequence[float]) -> tuple[float, int]:
-    """Standard error of the mean of several draws, and its degrees of freedom."""
-    if len(effects) < 2:
-        return 0.0, 0
-    return float(np.std(effects, ddof=1)) / len(effects) ** 0.5, len(effects) - 1
-
-
-def _noted(plan: SteeringPlan, arms: Mapping[str, Any], shares: Mapping[str, Any], effect: Any) -> list[str]:
-    """What a reader has to know of the measurement."""
-    notes = []
-    if "native" in arms and not shares:
-        notes.append("native does no more than random directions, so shares of it say nothing")
-    measured, own = arms["expert"]["strength_plus"], total_strength(plan)
-    if abs(own / measured - 1) > 0.05:
-        notes.append(f"measured at a total strength of {measured:.2g} residual norms, the plan has {own:.2g}")
-    if missed := [name for name, arm in arms.items() if arm["budget_met"] is False]:
-        notes.append(f"no strength brings these to the KL budget: {', '.join(missed)}")
-    accuracy = getattr(getattr(effect, "judge", None), "accuracy_", None)
-    if accuracy is not None:
-        notes.append(f"the judge's own held-out accuracy is {float(accuracy):.2f}")
-    return notes
 
 
 def _doses(

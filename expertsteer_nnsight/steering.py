@@ -7,7 +7,6 @@ torch and nnsight alone, and their annotations are strings.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ._nnsight import batch_rows, current_step, every_step, in_step, invoke_rows, passed, pin
+from ._plan_text import described
 from .identity import ModelIdentity
 from .positions import Positions, prefix_of
 from .residual import Residual
@@ -261,38 +261,7 @@ class SteeringPlan:
         return pull(repo_id, revision, **options)
 
     def __repr__(self) -> str:
-        lines = [f"SteeringPlan for {self.target or 'any model'}"]
-        if len(self.vectors) > 1 and all(v.rows is None for v in self.vectors):
-            from .calibration import total_strength
-
-            lines[0] += f", total strength {total_strength(self):.3g}"
-        for v in self.vectors:
-            strength = "per row" if isinstance(v.strength, Tensor) else f"{v.strength:.3g}"
-            known = "" if v.residual_norm is None else f" residual norms (of {v.residual_norm:.4g})"
-            where = v.where + (f" from step {v.from_step}" if v.from_step else "")
-            lines.append(f"  layer {v.layer:>3}  {v.op} {strength}{known}, {where} positions")
-        calibration, receipt = self.info.get("calibration"), self.info.get("receipt")
-        if calibration and self.dose is not None:
-            met = "" if calibration["met"] else f", which misses the budget of {calibration['kl_budget']:g}"
-            lines.append(
-                f"  dose {self.dose:.3g}; at dose 1 {calibration['quantile']:.0%} of {calibration['tokens']} neutral tokens have a "
-                f"KL(steered || unsteered) below {calibration['kl']:.3g} nats{met}"
-            )
-        else:
-            lines.append("  not calibrated: calibrate(plan, model, prompts) gives its strength a unit")
-        lines.append(f"  receipt: {receipt['verdict']}" if receipt else "  untested: no receipt")
-        pairs = [p for p in self.info.get("pairs", ()) if isinstance(p, dict)]
-        if pairs:
-            told = ", ".join(f"{p.get('expert_layer')}>{p.get('target_layer')}" for p in pairs)
-            lines.append(f"  layer pairs, expert>target: {told}")
-        told_above = ("calibration", "receipt", *(["pairs"] if pairs else []))
-        lines += [f"  {k}: {_short(v)}" for k, v in self.info.items() if k not in told_above]
-        return "\n".join(lines)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 160 else text[:157] + "..."
+        return described(self)
 
 
 def _check_rows(vector: SteeringVector, h: Tensor, what: str) -> None:

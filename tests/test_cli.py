@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight import cli
+from expertsteer_nnsight._cli_inputs import effect_of, model_of
 from expertsteer_nnsight.cli import app
 from expertsteer_nnsight.interop.formats import from_gguf
 
@@ -69,7 +70,7 @@ def plan(place, texts):
 
 
 def test_fit_makes_what_the_library_makes(place, plan):
-    expert, target = (cli._model(str(place / name), None) for name in ("expert", "target"))
+    expert, target = (model_of(str(place / name), None) for name in ("expert", "target"))
     pairs, anchors = es.ContrastPairs.from_jsonl(place / "pairs.jsonl"), (place / "anchors.txt").read_text().split("\n")
     made = es.ExpertSteer.recommended().fit(expert, target, pairs, anchors, progress=False)
     made = es.calibrate(made, target, ["the quick brown fox", "a lazy dog jumps over"], 0.05)
@@ -156,7 +157,7 @@ def test_wrong_input_is_one_sentence(place, plan, monkeypatch, capsys):
         ("list", "holds an object, but .* a list"),
     ):
         with pytest.raises(ValueError, match=told):
-            cli._effect(place / f"{name}.json")
+            effect_of(place / f"{name}.json")
     run("fit", "gemma-3-270mm", place / "target", fails="no model 'gemma-3-270mm': is gemma-3-270m meant")
     run("fit", place / "expert", place / "target", "--kl", -1, fails="--kl is -1: a budget is above 0")
     es.SteeringPlan(read.vectors).save(place / "anyone.safetensors")
@@ -175,12 +176,12 @@ def test_wrong_input_is_one_sentence(place, plan, monkeypatch, capsys):
 
 def test_an_effects_file(place):
     (place / "words.json").write_text('{"prompts": ["a"], "positive_words": [" good"], "negative_words": [" bad"]}')
-    assert isinstance(cli._effect(place / "words.json"), es.Words)
-    assert isinstance(cli._effect(place / "effect.json"), es.Choices)
+    assert isinstance(effect_of(place / "words.json"), es.Words)
+    assert isinstance(effect_of(place / "effect.json"), es.Choices)
     with pytest.raises(
         ValueError, match=r"needs prompts, positive_words and negative_words, or items, but .* has \['words'\]"
     ):
-        cli._effect(place / "wrong.json")
+        effect_of(place / "wrong.json")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny import PROMPTS, tiny
 
+from expertsteer_nnsight._shares import shares_of_native
 from expertsteer_nnsight.calibration import calibrate, neutral_tokens, with_total
 from expertsteer_nnsight.control_arms import random_plans
 from expertsteer_nnsight.effects import Choices, Judged, Words
-from expertsteer_nnsight.measuring import _shares, measure, receipt
+from expertsteer_nnsight.measuring import measure, receipt
 from expertsteer_nnsight.receipts import Receipt, interval
 from expertsteer_nnsight.scoring import costs
 from expertsteer_nnsight.steering import SteeringPlan
@@ -190,7 +191,7 @@ def test_seeds_that_differ_widen_the_share_beyond_them():
     for spread in (0.0, 1.0):
         effects = [-spread, spread, 0.0]
         untrained = {**found.arms["native"], "items": [0.0] * 4, "effects": effects, "effect": 0.0}
-        arms[spread] = _shares({**found.arms, "untrained": untrained})["beyond_untrained"]
+        arms[spread] = shares_of_native({**found.arms, "untrained": untrained})["beyond_untrained"]
     native = found.arms["native"]["effect"]
     assert arms[0.0][0] == arms[1.0][0] and arms[0.0][1] == pytest.approx(1, abs=0.05)
     # Student's t with two degrees of freedom: 4.3 standard errors of the mean of three seeds
@@ -205,7 +206,7 @@ def test_shares_of_a_native_that_steers_nothing_are_left_out():
     assert found.shares == {} and "native does no more than random" in found.verdict and "nan" not in repr(found)
     steady = {"items": [1.0, 1.1, 0.9, 1.0], "effect": 1.0, "interval": [0.9, 1.1]}  # for certain above zero
     arms = {"expert": steady, "native": steady, "random": {"effect": 0.5}}
-    assert _shares(arms)["expert"][0] == 1 and _shares({**arms, "random": {"effect": 1.5}}) == {}
+    assert shares_of_native(arms)["expert"][0] == 1 and shares_of_native({**arms, "random": {"effect": 1.5}}) == {}
 
 
 def test_a_receipt_tells_at_what_strength_and_with_what_judge_it_was_made():
