@@ -19,7 +19,7 @@ from nnsight.modeling.transformers import TransformersModel
 
 from expertsteer_nnsight.interop.lm_eval import SteeredLM
 from expertsteer_nnsight.packaged_models import model_path
-from recipes.four_domains import Tasks
+from recipes.domain_texts import Tasks
 
 TASKS = ("local_arc_easy", "local_financial_phrasebank", "local_svamp")
 MODELS = ("SmolLM2-135M-Instruct", "gemma-3-270m")

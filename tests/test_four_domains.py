@@ -15,7 +15,8 @@ from question_sets import write_sets
 from recipes import four_domains
 from recipes.domain_settings import SCALES, Domain
 from recipes.domain_tables import compared, overview, place, pooled, read_lines, summary
-from recipes.four_domains import contrasted, main
+from recipes.domain_texts import Tasks, contrasted, texts_of
+from recipes.four_domains import main
 
 ARMS = {
     "expert_itself",
@@ -108,8 +109,8 @@ def test_a_dry_run_resolves_names_and_shapes_without_weights(command, capsys):
 
 
 def test_labelled_questions_are_no_anchors(command):
-    tasks = four_domains.Tasks(four_domains.Path(command[1]))
-    pairs, anchors = four_domains.texts_of(tasks, "local_medmcqa", 0)
+    tasks = Tasks(four_domains.Path(command[1]))
+    pairs, anchors = texts_of(tasks, "local_medmcqa", 0)
     assert (
         len(pairs) >= 8 and pairs.positive[0].endswith("Answer: calcium") and pairs.negative[0].endswith("Answer: air")
     )
@@ -219,7 +220,7 @@ def test_no_option_tells_the_label():
 
 
 def test_every_named_task_and_metric_is_there(command):
-    tasks = four_domains.Tasks(four_domains.Path(command[1]))
+    tasks = Tasks(four_domains.Path(command[1]))
     for domain in (d for scale in SCALES.values() for d in scale):
         for name, metric in domain.tasks.items():
             assert metric in tasks(name)._metric_fn_list

@@ -15,7 +15,7 @@ import expertsteer_nnsight as es
 from benchmarks.harness import evaluated
 from expertsteer_nnsight.interop.lm_eval import SteeredLM
 from expertsteer_nnsight.packaged_models import model_path
-from recipes.four_domains import Tasks
+from recipes.domain_texts import Tasks
 from recipes.steer_on_ndif import load
 
 TASKS = ["local_svamp", "local_medmcqa", "local_financial_phrasebank"]
