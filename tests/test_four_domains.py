@@ -12,6 +12,7 @@ import tiny
 from lm_eval import evaluator
 from question_sets import write_sets
 
+from expertsteer_nnsight.packaged_models import load
 from recipes import four_domains
 from recipes.domain_settings import SCALES, Domain
 from recipes.domain_tables import compared, overview, place, pooled, read_lines, summary
@@ -44,9 +45,9 @@ def command(tmp_path_factory):
         model.tokenizer.save_pretrained(out / name)
     data = write_sets(out / "data", 200)
     return [
-        "--data", str(data), "--domains", "medical", "--expert", str(out / "expert"), "--target", str(out / "target"), "--out",
-        str(out / "run"), "--anchors", "40", "--untrained", "2", "--draws", "2", "--doses", "0.5", "1", "--kl", "0.1",
-        "--validation", "12",
+        "--data", str(data), "--domains", "medical", "--tasks", "local_medmcqa", "--expert", str(out / "expert"), "--target",
+        str(out / "target"), "--out", str(out / "run"), "--anchors", "40", "--untrained", "2", "--draws", "2", "--doses", "0.5",
+        "1", "--kl", "0.1", "--validation", "12",
     ]  # fmt: skip
 
 
@@ -59,6 +60,13 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
         return evaluate(lm, tasks, **options)
 
     monkeypatch.setattr(evaluator, "evaluate", spy)
+    main([*command, "--parts", "fit"])
+    assert not asked and len([*(out / "plans").rglob("*.safetensors")]) == 11 and not (out / "table.md").exists()
+    with monkeypatch.context() as patched:  # plans are measured where there is no expert
+        expert = command[command.index("--expert") + 1]
+        patched.setattr(four_domains, "load", lambda name, **more: None if name == expert else load(name, **more))
+        main([*command, "--parts", "measure"])
+        assert {line["arm"] for line in read_lines(out / "results.jsonl")} == ARMS - {"expert_itself"}
     main(command)
     assert asked[-1] == ("gpt_neox", None) and {model for model, _ in asked[:-1]} == {"llama"}
     assert not asked[0][1] and asked[1][1] and not any(instruction for _, instruction in asked[2:])
