@@ -128,6 +128,12 @@ def generate(
     from .rollouts import completions, rollouts
 
     steering = plan_of(plan, dose)
+    if steering.dose is not None and abs(steering.dose) > 1.5:
+        typer.echo(
+            f"Dose {steering.dose:g}: KL grows about as its square, here {steering.dose**2:.1f} times the calibrated one, and text may "
+            "break down.",
+            err=True,
+        )
     wrapped = model_of(target_of(steering, model), remote)
     steering = plan_for(steering, wrapped, model)
     texts: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts

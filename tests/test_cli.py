@@ -89,6 +89,8 @@ def test_generate_steers_by_dose(place, plan):
     alone = ["generate", plan, "the quick brown fox", "--model", place / "target", "--tokens", 8]
     none, strong = run(*alone, "--dose", 0), run(*alone, "--dose", 40)
     assert none != strong and none.strip() in told
+    said = {dose: CliRunner().invoke(app, [*map(str, alone), "--dose", dose]).stderr for dose in ("1", "-3")}
+    assert "Dose" not in said["1"] and "Dose -3: KL grows about as its square, here 9.0 times" in said["-3"]
     assert (
         run(*alone, "--sample", "--seed", 1)
         == run(*alone, "--sample", "--seed", 1)
