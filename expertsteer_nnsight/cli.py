@@ -129,10 +129,9 @@ def generate(
 
     steering = plan_of(plan, dose)
     if steering.dose is not None and abs(steering.dose) > 1.5:
+        times = f"{steering.dose**2:.1f} times the calibrated one"
         typer.echo(
-            f"Dose {steering.dose:g}: KL grows about as its square, here {steering.dose**2:.1f} times the calibrated one, and text may "
-            "break down.",
-            err=True,
+            f"Dose {steering.dose:g}: KL grows about as its square, here {times}; text may break down.", err=True
         )
     wrapped = model_of(target_of(steering, model), remote)
     steering = plan_for(steering, wrapped, model)
