@@ -148,8 +148,10 @@ def load(name: str, here: bool = True) -> Any:
     import torch
     from nnsight.modeling.transformers import TransformersModel
 
-    where = {"device_map": "cuda"} if here and torch.cuda.is_available() else {}
-    return TransformersModel(resolve(name), task="text-generation", dispatch=here, **where)
+    model = TransformersModel(resolve(name), task="text-generation", dispatch=here)
+    if here and torch.cuda.is_available():
+        model._module.to("cuda")  # device_map= would need accelerate
+    return model
 
 
 def verify_converted(folder: Path) -> None:

@@ -13,6 +13,10 @@ from expertsteer_nnsight.plotting import figure
 from recipes.domain_settings import Domain
 
 Line = dict[str, Any]
+METRICS = ("acc", "acc_norm", "acc_mutual_info")
+OWN = ("expert", "expert_rfm", "paper")  # arms that the expert has a part in
+CONTROLS = ("text_features", "untrained", "permuted", "random")
+RESAMPLES = 2000
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -34,7 +38,7 @@ def compared(steered: Sequence[int], unsteered: Sequence[int]) -> Line:
     low, high = (0.0, 0.0)
     if gained + lost and len(a) > 1:
         low, high = bootstrap(
-            ((a - b).astype(float),), np.mean, method="percentile", rng=np.random.default_rng(0)
+            ((a - b).astype(float),), np.mean, method="percentile", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
         ).confidence_interval
     return {"difference": float((a - b).mean()), "low": float(low), "high": float(high), "p": float(p)}
 
@@ -48,6 +52,17 @@ def place(domain: Domain, args: Any) -> dict[str, str]:
     return {"domain": domain.name, "settings": " ".join((*names, told))}
 
 
+def answers_of(lines: list[Line], domain: Domain, task: str, args: Any) -> dict[tuple[str, int], Line]:
+    """The evaluations of a task's test items by arm and draw, of the same items as the unsteered model's; the last ones count."""
+    mine = [line for line in lines if (place(domain, args) | {"task": task, "split": "test"}).items() <= line.items()]
+    of = {(line["arm"], line["draw"]): line for line in mine}
+    base = of.get(("unsteered", 0))
+    if base is None:
+        return {}
+    same = [line for line in mine if (line["items"], line["n"]) == (base["items"], base["n"])]
+    return {(line["arm"], line["draw"]): line for line in same}
+
+
 def summary(lines: list[Line], domains: Sequence[Domain], args: Any) -> list[Line]:
     """A row for each task and arm: accuracies, and the difference to the unsteered model by the task's metric.
 
@@ -56,17 +71,14 @@ def summary(lines: list[Line], domains: Sequence[Domain], args: Any) -> list[Lin
     """
     rows = []
     for domain in domains:
-        mine = [line for line in lines if place(domain, args).items() <= line.items() and line["split"] == "test"]
         for task, metric in domain.tasks.items():
-            tests = [line for line in mine if line["task"] == task]
-            base = next((line for line in tests if line["arm"] == "unsteered"), None)
-            if base is None:
-                continue
-            for line in tests:
-                accuracies = {m: float(np.mean(line[m])) for m in ("acc", "acc_norm", "acc_mutual_info") if m in line}
+            of = answers_of(lines, domain, task, args)
+            for line in of.values():
+                accuracies = {m: float(np.mean(line[m])) for m in METRICS if m in line}
                 about = {k: line[k] for k in ("domain", "task", "arm", "draw", "dose", "n")}
-                rows.append({**about, "metric": metric, **accuracies, **compared(line[metric], base[metric])})
-    own = sorted((row for row in rows if row["arm"] in ("expert", "expert_rfm", "paper")), key=lambda row: row["p"])
+                base = of["unsteered", 0][metric]
+                rows.append({**about, "metric": metric, **accuracies, **compared(line[metric], base)})
+    own = sorted((row for row in rows if row["arm"] in OWN), key=lambda row: row["p"])
     worst = 0.0
     for place_, row in enumerate(own):
         worst = max(worst, min(1.0, row["p"] * (len(own) - place_)))
@@ -74,48 +86,63 @@ def summary(lines: list[Line], domains: Sequence[Domain], args: Any) -> list[Lin
     return rows
 
 
-def pooled(lines: list[Line], domains: Sequence[Domain], args: Any) -> list[Line]:
-    """For each arm the mean over tasks of its difference to the unsteered model, of tasks that all arms were measured on.
+def pooled(lines: list[Line], domains: Sequence[Domain], args: Any) -> tuple[list[str], list[Line]]:
+    """The tasks that every plan was measured on; and for each arm, and for the expert's arms less a control, a mean over them.
 
-    Draws of an arm are averaged item by item. The 95 % interval is a percentile bootstrap of the items of each task.
+    What is averaged is the difference to the unsteered model. The 95 % interval is a percentile bootstrap of the draws of an
+    arm and of the items of each task.
     """
-    from scipy.stats import bootstrap
-
-    found: dict[str, dict[str, np.ndarray]] = {}
+    found: dict[str, dict[str, np.ndarray]] = {}  # arm -> task -> [draw, item]
     for domain in domains:
-        mine = [line for line in lines if place(domain, args).items() <= line.items() and line["split"] == "test"]
         for task, metric in domain.tasks.items():
-            of = {(line["arm"], line["draw"]): np.array(line[metric], float) for line in mine if line["task"] == task}
-            base = of.pop(("unsteered", 0), None)
-            for arm in sorted({arm for arm, _ in of}) if base is not None else ():
-                found.setdefault(arm, {})[task] = np.mean([x for (name, _), x in of.items() if name == arm], 0) - base
-    shared = set.intersection(*({*of} for of in found.values())) if found else set()
-    made = []
-    for arm, of in found.items() if shared else ():
-        data = [of[task] for task in sorted(shared)]
-
-        def macro(*samples: Any, axis: int = -1) -> Any:
-            return np.mean([x.mean(axis) for x in samples], 0)
-
-        low, high = (
-            bootstrap(
-                data, macro, method="percentile", n_resamples=2000, batch=100, rng=np.random.default_rng(0)
-            ).confidence_interval
-            if any(x.any() for x in data)
-            else (0.0, 0.0)
-        )
-        made.append(
-            {"arm": arm, "tasks": len(data), "difference": float(macro(*data)), "low": float(low), "high": float(high)}
-        )
-    return sorted(made, key=lambda row: -row["difference"])
+            of = answers_of(lines, domain, task, args)
+            for arm in {arm for arm, _ in of} - {"unsteered"}:
+                draws = [np.array(line[metric], float) for (name, _), line in sorted(of.items()) if name == arm]
+                found.setdefault(arm, {})[task] = np.stack(draws) - np.array(of["unsteered", 0][metric])
+    plans = [{*of} for arm, of in found.items() if arm not in ("prompted", "expert_itself")]
+    shared = sorted(set.intersection(*plans)) if plans else []
+    arms = {arm: [of[task] for task in shared] for arm, of in found.items() if shared and {*shared} <= {*of}}
+    made = [{"arm": arm, **_mean(data)} for arm, data in arms.items()]
+    made.sort(key=lambda row: -row["difference"])
+    pairs = [(own, other) for own in OWN for other in ("untrained", "permuted") if own in arms and other in arms]
+    return shared, [*made, *({"arm": f"{a} less {b}", **_mean(arms[a], arms[b])} for a, b in pairs)]
 
 
-CONTROLS = ("native", "text_features", "untrained", "permuted", "random")
+def _mean(data: list[np.ndarray], less: list[np.ndarray] | None = None) -> Line:
+    """Mean over tasks of `[draw, item]`, less that of another arm on the same items, with its interval."""
+    rng = np.random.default_rng(0)
+    arms = [data] if less is None else [data, less]
+
+    def once(resampled: bool) -> float:
+        drawn = [rng.integers(len(arm[0]), size=len(arm[0])) if resampled else range(len(arm[0])) for arm in arms]
+        total = 0.0
+        for task in range(len(data)):
+            n = data[task].shape[1]
+            items = rng.integers(n, size=n) if resampled else range(n)
+            first, *second = (
+                arm[task].take(d, 0).mean(0).take(items).mean() for arm, d in zip(arms, drawn, strict=True)
+            )
+            total += first - sum(second)
+        return float(total) / len(data)
+
+    low, high = np.quantile([once(True) for _ in range(RESAMPLES)], [0.025, 0.975])
+    return {"difference": once(False), "low": float(low), "high": float(high)}
 
 
-def overview(rows: list[Line], means: list[Line]) -> str:
+def overview(rows: list[Line], shared: list[str], means: list[Line]) -> str:
     """In Markdown: the tasks, a row each, with the span of the controls; and each arm's mean over tasks."""
-    head = ["task", "n", "unsteered", "expert itself", "prompted", "expert", "expert, RFM", "paper", "controls"]
+    head = [
+        "task",
+        "n",
+        "unsteered",
+        "expert itself",
+        "prompted",
+        "native",
+        "expert",
+        "expert, RFM",
+        "paper",
+        "controls",
+    ]
     out = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
@@ -127,16 +154,21 @@ def overview(rows: list[Line], means: list[Line]) -> str:
             return f"{of[arm][metric]:.3f}" if arm in of else ""
 
         def change(arm: str, of: Any = of) -> str:
-            return told(of[arm]) + ("" if of[arm]["holm"] >= 0.05 else " *") if arm in of else ""
+            return told(of[arm]) + (" *" if of[arm].get("holm", 1.0) < 0.05 else "") if arm in of else ""
 
         cells = [f"{task.removeprefix('local_')}, {base['metric']}", str(base["n"])]
         cells += [level(arm) for arm in ("unsteered", "expert_itself", "prompted")]
-        cells += [change(arm) for arm in ("expert", "expert_rfm", "paper")]
-        cells.append(f"{min(span):+.3f} to {max(span):+.3f}" if span else "")
+        cells += [change(arm) for arm in ("native", *OWN)]
+        whole = {*CONTROLS} <= {*of}
+        cells.append(f"{min(span):+.3f} to {max(span):+.3f} ({len(span)})" if whole else "")
         out.append("| " + " | ".join(cells) + " |")
-    out += ["", "*: p < 0.05 by McNemar's test after Holm's correction.", ""]
+    out += [
+        "",
+        "*: p < 0.05 by McNemar's test after Holm's correction. Controls: the lowest and the highest of so many plans.",
+    ]
     if means:
-        out += [f"| arm | mean difference over {means[0]['tasks']} tasks |", "| --- | --- |"]
+        names = ", ".join(task.removeprefix("local_") for task in shared)
+        out += ["", f"| arm | mean difference to unsteered over {len(shared)} tasks: {names} |", "| --- | --- |"]
         out += [f"| {row['arm']} | {told(row)} |" for row in means]
     return "\n".join(out)
 
@@ -148,11 +180,10 @@ def told(row: Line) -> str:
 
 def table(rows: list[Line]) -> str:
     """Every row, in Markdown."""
-    names = ("acc", "acc_norm", "acc_mutual_info")
-    head = ["task", "arm", "n", "dose", *names, "difference", "McNemar p", "Holm"]
+    head = ["task", "arm", "n", "dose", *METRICS, "difference", "McNemar p", "Holm"]
     out = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
-        seen = [f"{row[m]:.3f}" + ("*" if m == row["metric"] else "") if m in row else "" for m in names]
+        seen = [f"{row[m]:.3f}" + ("*" if m == row["metric"] else "") if m in row else "" for m in METRICS]
         gap = told(row) if row["arm"] != "unsteered" else ""
         p = f"{row['p']:.3f}" if row["arm"] != "unsteered" else ""
         arm = row["arm"] + (f" {row['draw']}" if row["arm"] in ("untrained", "permuted", "random") else "")
@@ -201,7 +232,7 @@ def report(domains: Sequence[Domain], args: Any) -> None:
     rows = summary(lines, domains, args)
     if not rows:
         raise ValueError(f"{args.out} holds no results with these settings: measure first, or name another --out.")
-    short = overview(rows, pooled(lines, domains, args))
+    short = overview(rows, *pooled(lines, domains, args))
     (args.out / "table.md").write_text(f"{short}\n\n{table(rows)}\n")
     draw(rows).savefig(args.out / "differences.png", dpi=110)
     print(short)

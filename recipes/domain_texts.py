@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import expertsteer_nnsight as es
+from expertsteer_nnsight.texts import texts_hash
 from recipes.domain_tables import Line
 
 PAIRS = 200  # labelled pairs, at most
@@ -32,6 +34,7 @@ class Tasks:
         metadata: dict[str, Any] = {} if data is None else {"data": str(data)}
         self.manager = TaskManager(include_path=str(folder), include_defaults=every, metadata=metadata)
         self._loaded: dict[tuple[str, str], Any] = {}  # reading a set takes up to seconds, and every arm answers it
+        self._items: dict[tuple[str, str, int | None], str] = {}
 
     def __call__(self, name: str, split: str = "test") -> Any:
         """A task that evaluates one of its splits."""
@@ -41,6 +44,18 @@ class Tasks:
                 task.config.test_split = task.config.validation_split
             self._loaded[name, split] = task
         return self._loaded[name, split]
+
+    def items(self, name: str, split: str, limit: int | None) -> str:
+        """A hash of the first items of a split, as the model reads them, with their answers."""
+        if (name, split, limit) not in self._items:
+            task = self(name, split)
+            offers = task.config.doc_to_choice is not None
+            seen = [
+                [task.doc_to_text(doc), task.doc_to_choice(doc) if offers else None, task.doc_to_target(doc)]
+                for doc in itertools.islice(task.eval_docs, limit)
+            ]
+            self._items[name, split, limit] = texts_hash(map(str, seen))[:8]
+        return self._items[name, split, limit]
 
     def rows(self, name: str) -> Iterator[Line]:
         """Training items, as `ContrastPairs.from_choices` takes them: `question`, `options`, `answer`.

@@ -67,24 +67,42 @@ def fitted(
     return {**arms, "paper": papers}
 
 
-def kept_plans(domain: Domain, models: Models, tasks: Tasks, args: Any) -> list[tuple[str, int, es.SteeringPlan]]:
-    """Arm, draw and plan at dose 1, of every arm that is a plan: read from plans/, or fitted and calibrated and kept there."""
+def plans_folder(domain: Domain, pairs: es.ContrastPairs, anchors: list[str], neutral: list[str], args: Any) -> Path:
+    """Where the plans of a domain are kept: its name has a hash of all that they depend on."""
+    presets = [es.ExpertSteer.paper().settings, es.ExpertSteer.recommended().settings, es.__version__]
+    told = (domain.expert, domain.target, args.seed, args.kl, args.untrained, args.draws, *presets)
+    return args.out / "plans" / f"{domain.name}-{texts_hash([str(told), *pairs.texts, *anchors, *neutral])[:8]}"
+
+
+def kept_plans(
+    domain: Domain, models: Models, tasks: Tasks, args: Any
+) -> tuple[str, list[tuple[str, int, es.SteeringPlan]]]:
+    """The folder's name, and arm, draw and plan at dose 1 of every arm that is a plan.
+
+    They are read from plans/, or fitted and calibrated and kept there.
+
+    Raises:
+        ValueError: they are not there, and `--parts` has no `fit`.
+    """
     pairs, anchors = texts_of(tasks, domain.fit, args.seed, args.anchors)
-    told = (domain.expert, domain.target, args.seed, args.kl, args.untrained, args.draws)
-    folder = args.out / "plans" / f"{domain.name}-{texts_hash([str(told), *pairs.texts, *anchors])[:8]}"
+    neutral = list(es.example("sentiment_probe")["neutral_texts"][:8])
+    folder = plans_folder(domain, pairs, anchors, neutral, args)
     if not folder.exists():
+        if "fit" not in args.parts:
+            found = ", ".join(sorted(path.name for path in folder.parent.glob("*"))) or "nothing"
+            raise ValueError(
+                f"There is no {folder} ({folder.parent} has {found}): run --parts fit with these settings, or bring it here."
+            )
         arms = fitted(domain, models, pairs, anchors, args)
-        neutral = es.example("sentiment_probe")["neutral_texts"][:8]
         every = [(name, i, plan) for name, plans in arms.items() for i, plan in enumerate(plans)]
         doses = es.calibrate([plan for _, _, plan in every], models["target"], neutral, args.kl, remote=args.remote)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as made:
             for n, ((name, i, _), plan) in enumerate(zip(every, doses, strict=True)):
-                plan.save(Path(made) / f"{n:02}-{name}-{i}.safetensors")
-            os.rename(made, folder)  # the folder appears whole or not at all
-            Path(made).mkdir()
+                plan.save(Path(made) / "plans" / f"{n:02}-{name}-{i}.safetensors")
+            os.rename(Path(made) / "plans", folder)  # the folder appears whole or not at all
     files = [(path.stem.split("-"), path) for path in sorted(folder.glob("*.safetensors"))]
-    return [(name, int(draw), es.SteeringPlan.load(path)) for (_, name, draw), path in files]
+    return folder.name, [(name, int(draw), es.SteeringPlan.load(path)) for (_, name, draw), path in files]
 
 
 class Measuring:
@@ -95,9 +113,11 @@ class Measuring:
         models: the expert and the steered model.
         tasks: where tasks come from.
         args: of the command line.
+        plans: what tells plans from those of another fit.
     """
 
-    def __init__(self, domain: Domain, models: Models, tasks: Tasks, args: Any) -> None:
+    def __init__(self, domain: Domain, models: Models, tasks: Tasks, args: Any, plans: str = "") -> None:
+        self.plans = plans
         self.domain, self.models, self.tasks, self.args = domain, models, tasks, args
         self.path = args.out / "results.jsonl"
         self.lines = read_lines(self.path)
@@ -107,9 +127,11 @@ class Measuring:
         self, task: str, split: str, arm: str, draw: int, dose: float, plan: Any, instruction: str | None = None
     ) -> Line:
         """One evaluation, measured unless it is there."""
-        key = {**self.place, "task": task, "split": split, "arm": arm, "draw": draw, "dose": dose}
+        limit = self.args.validation if split == "validation" else self.args.limit
+        key = {**self.place, "task": task, "split": split, "items": self.tasks.items(task, split, limit), "arm": arm}
+        key |= {"draw": draw, "dose": dose, "by": instruction or (self.plans if plan is not None else "")}
         for known in self.lines:
-            if all(known[name] == value for name, value in key.items()):
+            if key.items() <= known.items():
                 return known
         from lm_eval import evaluator
 
@@ -126,7 +148,7 @@ class Measuring:
         found: Any = evaluator.evaluate(
             lm,
             {"tasks": {task: asked}},
-            limit=self.args.validation if split == "validation" else self.args.limit,
+            limit=limit,
             bootstrap_iters=0,
             system_instruction=instruction,
         )
@@ -136,7 +158,7 @@ class Measuring:
         self.lines.append(made)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(made) + "\n")
+            file.write(json.dumps(made, separators=(",", ":")) + "\n")
         return made
 
     def unsteered(self) -> None:
@@ -229,13 +251,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"no such domain: {', '.join(unknown)}; there are {', '.join(d.name for d in every)}.")
     offered = {task for domain in every for task in domain.tasks}
-    if args.tasks is not None:
-        if unknown := sorted({*args.tasks} - offered):
-            parser.error(f"no such task: {', '.join(unknown)}; there are {', '.join(sorted(offered))}.")
-        every = [replace(d, tasks={t: m for t, m in d.tasks.items() if t in args.tasks}) for d in every]
+    unknown = sorted({*(args.tasks or ())} - offered)
+    if unknown:
+        parser.error(f"no such task: {', '.join(unknown)}; there are {', '.join(sorted(offered))}.")
     if not args.doses:
         parser.error("--doses needs at least one dose.")
-    chosen = [d for d in every if not args.domains or d.name in args.domains]
+    asked = offered if args.tasks is None else {*args.tasks}
+    chosen = [replace(d, tasks={t: m for t, m in d.tasks.items() if t in asked}) for d in every]
+    chosen = [d for d in chosen if d.tasks and (not args.domains or d.name in args.domains)]
+    if not chosen:
+        parser.error("none of these domains has one of these tasks.")
     if args.redraw:
         report(every, args)
         return
@@ -246,19 +271,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     for domain in chosen:
         run(domain, tasks, args)
-    if args.parts != ["fit"]:
+    if "measure" in args.parts:
         report(every, args)
 
 
 def run(domain: Domain, tasks: Tasks, args: Any) -> None:
     """Fits, calibrates and evaluates one domain."""
     models = Models(domain, args)
-    measuring = Measuring(domain, models, tasks, args)
-    plans = kept_plans(domain, models, tasks, args) if {"fit", "measure"} & {*args.parts} else []
+    name, plans = kept_plans(domain, models, tasks, args) if {"fit", "measure"} & {*args.parts} else ("", [])
+    measuring = Measuring(domain, models, tasks, args, name)
     if "measure" in args.parts:
         measuring.unsteered()
-        for name, i, plan in tqdm(plans, desc=domain.name, unit="plan"):
-            measuring.arm(name, i, plan)
+        for arm, draw, plan in tqdm(plans, desc=domain.name, unit="plan"):
+            measuring.arm(arm, draw, plan)
     if "expert" in args.parts:
         measuring.expert_itself()
 

@@ -14,6 +14,7 @@ from test_lm_eval import choices, close, ours, plain, plan_for
 from test_receipts import WORDS
 
 import expertsteer_nnsight as es
+from expertsteer_nnsight.packaged_models import load
 
 DEVICE = os.environ.get("EXPERTSTEER_TEST_DEVICE")
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="EXPERTSTEER_TEST_DEVICE names no device")
@@ -107,3 +108,14 @@ def test_log_likelihoods_of_tasks(arch):
 def test_an_untrained_expert_is_on_the_device():
     _, there = moved("llama")
     assert es.untrained_like(there)._module.device == there._module.device
+
+
+def test_models_load_on_the_device(tmp_path):
+    model = tiny.build("llama")
+    model._module.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    here = load(str(tmp_path))
+    assert here.device.type == here._module.device.type == torch.device(DEVICE).type
+    with torch.no_grad(), here.trace(tiny.PROMPTS):
+        found = here.output.logits.save()
+    assert found.device.type == torch.device(DEVICE).type

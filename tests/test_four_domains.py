@@ -60,6 +60,8 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
         return evaluate(lm, tasks, **options)
 
     monkeypatch.setattr(evaluator, "evaluate", spy)
+    with pytest.raises(ValueError, match=r"There is no .*plans/medical-.* has nothing\): run --parts fit"):
+        main([*command, "--parts", "measure"])
     main([*command, "--parts", "fit"])
     assert not asked and len([*(out / "plans").rglob("*.safetensors")]) == 11 and not (out / "table.md").exists()
     with monkeypatch.context() as patched:  # plans are measured where there is no expert
@@ -90,7 +92,7 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
     text = (out / "table.md").read_text()
     assert text.count("| local_") == len(tests) and text.count("| mmlu_medical, acc_norm |") == 0
     assert text.startswith("| task | n | unsteered | expert itself |") and "| medmcqa, acc_norm |" in text
-    assert "mean difference over 1 tasks" in text and all(f"| {arm} | " in text for arm in ARMS - {"unsteered"})
+    assert "over 1 tasks: medmcqa |" in text and all(f"| {arm} | " in text for arm in ARMS - {"unsteered"})
     assert (out / "differences.png").stat().st_size > 10_000 and "McNemar" in (out / "table.md").read_text()
 
     (out / "table.md").unlink()
@@ -108,6 +110,16 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
     main(command)
     again = read_lines(out / "results.jsonl")
     assert len(asked) == 1 and len(again) == len(lines) and again[-1] == lines[-1]
+    # plans of another fit, and other items, are measured anew
+    assert {line["by"].split("-")[0] for line in lines if line["arm"] == "expert"} == {"medical"}
+    monkeypatch.setattr(four_domains, "texts_hash", lambda texts: "another")
+    next((out / "plans").iterdir()).rename(out / "plans" / "medical-another")
+    asked.clear()
+    main([*command, "--parts", "measure"])
+    assert len(asked) == len([line for line in lines if line["by"].startswith("medical")])
+    with pytest.raises(SystemExit):
+        main([*command, "--tasks", "local_svamp"])
+    assert "none of these domains has one of these tasks" in capsys.readouterr().err
 
 
 def test_a_dry_run_resolves_names_and_shapes_without_weights(command, capsys):
@@ -151,6 +163,8 @@ def results(args, domain, base, **arms):
             "arm": arm,
             "draw": 0,
             "dose": 1.0,
+            "items": "first",
+            "by": "",
             "n": len(acc),
             "acc": acc,
         }
@@ -183,6 +197,10 @@ def test_results_of_other_settings_and_models_are_left_alone():
     rows = summary(lines, [domain], settings())
     assert [(row["arm"], row["acc"], row["difference"]) for row in rows] == [("unsteered", 0, 0), ("expert", 1, 1)]
     assert compared([1], [0])["difference"] == 1  # one item has no interval
+    # of other items, or measured before: the last ones that answer what the unsteered model did
+    stale = [{**line, "acc": [0] * 10} for line in lines[-1:]]
+    others = [{**line, "items": "others"} for line in stale]
+    assert summary([*lines[:-1], *stale, *lines[-1:], *others], [domain], settings()) == rows
 
 
 def test_an_arms_mean_over_tasks():
@@ -194,13 +212,18 @@ def test_an_arms_mean_over_tasks():
         base = (rng.random(400) < 0.4).astype(int)
         steered = np.maximum(base, (rng.random(400) < share).astype(int))
         gained.append(float((steered - base).mean()))
-        for line in results(settings(), domain, base.tolist(), expert=steered.tolist(), random=base.tolist()):
+        arms = {"expert": steered.tolist(), "untrained": steered.tolist(), "random": base.tolist()}
+        for line in results(settings(), domain, base.tolist(), **arms):
             lines.append({**line, "task": domain.name})
     # an arm on one of the tasks alone makes that the only task of the comparison
     alone = pooled([line for line in lines if (line["arm"], line["task"]) != ("random", "b")], domains, settings())
-    assert {row["tasks"] for row in alone} == {1}
+    assert alone[0] == ["a"]
+    # but not what is no plan
+    itself = [{**line, "arm": "expert_itself"} for line in lines if (line["arm"], line["task"]) == ("expert", "a")]
+    shared, some = pooled([*lines, *itself], domains, settings())
+    assert shared == ["a", "b"] and "expert_itself" not in {row["arm"] for row in some}
     other = [{**line, "draw": 1, "acc": [1 - x for x in line["acc"]]} for line in lines if line["arm"] == "random"]
-    rows = {row["arm"]: row for row in pooled([*lines, *other], domains, settings())}
+    rows = {row["arm"]: row for row in pooled([*lines, *other], domains, settings())[1]}
     assert rows["expert"]["difference"] == pytest.approx(np.mean(gained))
     variance = sum(g * (1 - g) / 400 for g in gained) / 4  # of a mean of two independent means
     width = rows["expert"]["high"] - rows["expert"]["low"]
@@ -208,8 +231,13 @@ def test_an_arms_mean_over_tasks():
     # draws are averaged item by item: half the items right, whatever the model does
     base = np.mean([np.mean(line["acc"]) for line in lines if line["arm"] == "unsteered"])
     assert rows["random"]["difference"] == pytest.approx(0.5 - base)
-    text = overview(summary(lines, domains, settings()), pooled(lines, domains, settings()))
-    assert "| a, acc | 400 |" in text and "mean difference over 2 tasks" in text and text.count(" * |") == 2
+    # and the interval tells how far they are apart: none of it in one, all of it in the other
+    assert rows["random"]["low"] == 0 and rows["random"]["high"] > 2 * (0.5 - base)
+    # an arm less another one on the same items
+    less = rows["expert less untrained"]
+    assert (less["difference"], less["low"], less["high"]) == (0, 0, 0) and "expert less permuted" not in rows
+    text = overview(summary(lines, domains, settings()), *pooled(lines, domains, settings()))
+    assert "| a, acc | 400 |" in text and "over 2 tasks: a, b |" in text and text.count(" * |") == 2
 
 
 def test_no_option_tells_the_label():
