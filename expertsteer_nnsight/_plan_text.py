@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from .steering import SteeringPlan
 
 
+LITTLE = 0.05  # of the variance
+
+
 def described(plan: SteeringPlan) -> str:
     """Each vector in a line, then what is known of the plan: its dose, its receipt, its making."""
     lines = [f"SteeringPlan for {plan.target or 'any model'}"]
@@ -35,11 +38,23 @@ def described(plan: SteeringPlan) -> str:
     lines.append(f"  receipt: {receipt['verdict']}" if receipt else "  untested: no receipt")
     pairs = [p for p in plan.info.get("pairs", ()) if isinstance(p, dict)]
     if pairs:
-        told = ", ".join(f"{p.get('expert_layer')}>{p.get('target_layer')}" for p in pairs)
-        lines.append(f"  layer pairs, expert>target: {told}")
+        lines.append(f"  layer pairs, expert>target: {', '.join(map(_pair, pairs))}")
+        found = [p["held_out_r2"] for p in pairs if p.get("held_out_r2") is not None]
+        aligner = str(plan.info.get("settings", {}).get("aligner", ""))
+        if found and max(found) < LITTLE and not aligner.startswith("CovarianceAligner"):
+            lines.append(
+                f"  the aligner predicts next to nothing of held-out anchors (R² below {LITTLE}): give a thousand or more"
+            )
     told_above = ("calibration", "receipt", *(["pairs"] if pairs else []))
     lines += [f"  {k}: {_short(v)}" for k, v in plan.info.items() if k not in told_above]
     return "\n".join(lines)
+
+
+def _pair(step: dict[str, Any]) -> str:
+    """A layer pair, with R² of the aligner on held-out anchors and AUC of the direction on held-out labelled texts."""
+    known = {"R²": step.get("held_out_r2"), "AUC": step.get("held_out_auc")}
+    told = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if value is not None)
+    return f"{step.get('expert_layer')}>{step.get('target_layer')}" + (f" ({told})" if told else "")
 
 
 def _short(value: Any) -> str:

@@ -141,6 +141,8 @@ def generate(
         made = rollouts(wrapped, texts, arm, tokens, do_sample=sample, remote=remote_of(remote))
         for prompt, said in zip(prompts, completions(wrapped, made), strict=True):
             told = f"{name}:\n" if unsteered else ""
+            if not said:
+                said = "\n(The model ended the text at once" + ("." if chat else ": --chat asks it as a user.") + ")"
             typer.echo(f"{told}{prompt}{chr(10) if chat else ''}{said}\n")
 
 

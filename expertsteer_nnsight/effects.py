@@ -97,7 +97,7 @@ class Words(_OfPrompts):
         negative: words whose probability it should lower.
 
     Raises:
-        ValueError: no prompts, or no words of one side.
+        ValueError: no prompts, or no words of one side, or one string in place of a list.
     """
 
     prompts: Sequence[Text]
@@ -108,6 +108,8 @@ class Words(_OfPrompts):
     def __post_init__(self) -> None:
         for name in ("prompts", "positive", "negative"):
             value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"Words needs a list of {name}, but got one string: write [{value!r:.40}].")
             value = tuple(value) if name == "prompts" else tuple(word.strip() for word in value)
             if not value:
                 raise ValueError(f"Words needs {name}, but there are none.")

@@ -64,8 +64,13 @@ class ContrastPairs(Sequence):
                     )
             splits = [r["split"] for r in rows if "split" in r]
             return cls(tuple(r["positive"] for r in rows), tuple(r["negative"] for r in rows), tuple(splits))
-        if not rows or any(isinstance(r, str) or len(r) != 2 for r in rows):
-            raise ValueError("Contrast pairs must be (positive, negative) tuples, or rows with those keys.")
+        if not rows:
+            raise ValueError("There are no contrast pairs: the list is empty.")
+        if any(isinstance(r, str) or len(r) != 2 for r in rows):
+            raise ValueError(
+                "Contrast pairs must be (positive, negative) tuples, or rows with those keys; for two classes of single texts "
+                "write LabelledTexts.of_classes(positive, negative)."
+            )
         return cls(tuple(r[0] for r in rows), tuple(r[1] for r in rows))
 
     @classmethod

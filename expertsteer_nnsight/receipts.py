@@ -98,26 +98,30 @@ class Receipt:
         in forty exceeds: Student's around the seeds' mean, and around zero with their root mean square, for seeds that
         scatter around zero as random directions do. More seeds lower it.
         """
+        return max(self._levels().values())
+
+    def _levels(self) -> dict[str, float]:
+        """What each control could reach by chance; the highest is the bar."""
         from scipy.stats import t
 
         expert, seeds = self.arms["expert"], self.arms["untrained"]["effects"]
-        levels = [0.0]
+        levels = {"no plan": 0.0}
         for name in NULLS:
             if name in self.arms:
                 draws = np.array(self.arms[name]["effects"])
-                levels.append(float(t.ppf(0.99, len(draws)) * np.sqrt((draws**2).mean())))
+                levels[name] = float(t.ppf(0.99, len(draws)) * np.sqrt((draws**2).mean()))
         paired = ["text_features"] if len(seeds) > 1 else ["text_features", "untrained"]
         for name in paired:
             if name in self.arms:
                 _, low, _ = interval(np.array(expert["items"]) - np.array(self.arms[name]["items"]))
-                levels.append(expert["effect"] - low)
+                levels[name] = expert["effect"] - low
         if len(seeds) > 1:
             n, sure = len(seeds), (1 + CONFIDENCE) / 2
             around_mean = statistics.fmean(seeds) + t.ppf(sure, n - 1) * statistics.stdev(seeds) * math.sqrt(1 + 1 / n)
             around_zero = t.ppf(sure, n) * math.sqrt(statistics.fmean(x * x for x in seeds))
-            levels.append(float(min(around_mean, around_zero)))
-            levels.append(max(seeds) + expert["effect"] - expert["interval"][0])
-        return max(levels)
+            beside = max(seeds) + expert["effect"] - expert["interval"][0]
+            levels[f"untrained, of {n} seeds,"] = max(float(min(around_mean, around_zero)), beside)
+        return levels
 
     @property
     def verdict(self) -> str:
@@ -136,7 +140,8 @@ class Receipt:
         if self.contributed:
             said = f"the expert contributed {beyond:.3g} of it beyond an untrained one{share}"
         else:
-            said = f"the expert contributed nothing that its controls do not reach (they reach {self.bar:.3g})"
+            name, bar = max(self._levels().items(), key=lambda level: level[1])
+            said = f"the expert contributed nothing that its controls do not reach (by chance, {name} could reach {bar:.3g})"
         return "; ".join([told, said, *self.notes]) + "."
 
     # -- files -------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class SteeringPlan:
 
     Attributes:
         vectors: in the order of their layers (vectors of one layer act in the order given).
-        target: identity of the model they were made for; None fits any model of the same width.
+        target: the model that they were made for, or its identity, which is what is kept; None fits any model of that width.
         info: what is known of their making: expert, aligner and its held-out fit, layer pairs and scores, direction
             method, position rule, calibration, receipt, hashes, library versions. Plain JSON values.
 
@@ -37,7 +37,7 @@ class SteeringPlan:
     """
 
     vectors: Sequence[SteeringVector]
-    target: ModelIdentity | None = None
+    target: ModelIdentity | Any = None
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,6 +47,10 @@ class SteeringPlan:
         widths = {v.direction.shape[-1] for v in vectors}
         if len(widths) > 1:
             raise ValueError(f"The vectors of one plan must have one width, but have {sorted(widths)}.")
+        if hasattr(self.target, "_module"):  # a wrapped model
+            object.__setattr__(self, "target", ModelIdentity.of(self.target))
+        if not (self.target is None or hasattr(self.target, "to_dict")):
+            raise ValueError(f"target must be a wrapped model or its ModelIdentity, got {self.target!r:.60}.")
         object.__setattr__(self, "vectors", tuple(sorted(vectors, key=lambda v: v.layer)))
         object.__setattr__(self, "info", dict(self.info))
 

@@ -178,6 +178,10 @@ def told(row: Line) -> str:
     return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
 
 
+def _name(row: Line) -> str:
+    return row["arm"] + (f" {row['draw'] + 1}" if row["arm"] in ("untrained", "permuted", "random") else "")
+
+
 def table(rows: list[Line]) -> str:
     """Every row, in Markdown."""
     head = ["task", "arm", "n", "dose", *METRICS, "difference", "McNemar p", "Holm"]
@@ -186,10 +190,9 @@ def table(rows: list[Line]) -> str:
         seen = [f"{row[m]:.3f}" + ("*" if m == row["metric"] else "") if m in row else "" for m in METRICS]
         gap = told(row) if row["arm"] != "unsteered" else ""
         p = f"{row['p']:.3f}" if row["arm"] != "unsteered" else ""
-        arm = row["arm"] + (f" {row['draw']}" if row["arm"] in ("untrained", "permuted", "random") else "")
         cells = [
             row["task"],
-            arm,
+            _name(row),
             str(row["n"]),
             f"{row['dose']:g}",
             *seen,
@@ -215,7 +218,8 @@ def draw(rows: list[Line]) -> Any:
             error = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
             color = "C3" if row["arm"].startswith(("expert", "paper")) else "0.4"
             ax.errorbar(row["difference"], y, xerr=np.clip(error, 0, None), fmt="o", ms=4, capsize=2, color=color)
-        ax.set_yticks(range(len(mine)), [f"{row['arm']} {row['draw'] or ''}" for row in reversed(mine)], fontsize=7)
+        ax.set_yticks(range(len(mine)), [_name(row) for row in reversed(mine)], fontsize=7)
+        ax.locator_params(axis="x", nbins=5)
         ax.axvline(0, color="0.7", lw=0.8)
         ax.set_title(f"{task.removeprefix('local_')}, {mine[0]['metric'] if mine else ''}", fontsize=9)
         ax.set_xlabel("accuracy less that of the unsteered model", fontsize=8)

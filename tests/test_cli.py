@@ -81,7 +81,7 @@ def test_fit_makes_what_the_library_makes(place, plan):
         assert a.strength == pytest.approx(b.strength, rel=1e-3)
 
 
-def test_generate_steers_by_dose(place, plan):
+def test_generate_steers_by_dose(place, plan, monkeypatch):
     told = run(
         "generate", plan, "the quick brown fox", "a dog", "--model", place / "target", "--tokens", 8, "--unsteered"
     )
@@ -96,6 +96,10 @@ def test_generate_steers_by_dose(place, plan):
         == run(*alone, "--sample", "--seed", 1)
         != run(*alone, "--sample", "--seed", 2)
     )
+    # a model that ends the text at once
+    with monkeypatch.context() as patched:
+        patched.setattr("expertsteer_nnsight.rollouts.completions", lambda model, made: [""])
+        assert "(The model ended the text at once: --chat asks it as a user.)" in run(*alone)
     # the plan's own target, which is a folder's name and no id of the hub
     run("generate", plan, "a dog", fails="'target' is no folder and no packaged model .*, and the hub did not give it")
 
@@ -105,7 +109,7 @@ def test_info_prints_the_plan_and_its_header(plan):
     header = json.loads(run("info", plan, "--json"))
     assert header["vectors"][0]["strength"] == es.SteeringPlan.load(plan).vectors[0].strength
     assert {"op", "where", "from_step", "skip_special", "residual_norm"} < set(header["vectors"][0])
-    assert "layer pairs, expert>target: " in run("info", plan)
+    assert re.search(r"layer pairs, expert>target: \d>\d \(R² -?\d\.\d\d, AUC \d\.\d\d\)", run("info", plan))
     assert (
         header["target"]["n_layers"] == 4
         and [v["layer"] for v in header["vectors"]] == [1, 2]

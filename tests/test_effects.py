@@ -126,6 +126,8 @@ def test_variety_counts_n_grams():
 def test_items_that_cannot_be_scored_are_refused():
     with pytest.raises(ValueError, match="needs items"):
         Choices([])
+    with pytest.raises(ValueError, match=r"Words needs a list of positive, but got one string: write \['good'\]"):
+        Words(["a"], "good", ["b"])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="needs prompts"):
         Words([], ["a"], ["b"])
     with pytest.raises(ValueError, match="As many positive as negative"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from recipes.domain_tables import compared, overview, place, pooled, read_lines,
 from recipes.domain_texts import Tasks, contrasted, texts_of
 from recipes.four_domains import main
 
+ROOT = Path(__file__).parent.parent
 ARMS = {
     "expert_itself",
     "unsteered",
@@ -52,7 +54,7 @@ def command(tmp_path_factory):
 
 
 def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
-    out = four_domains.Path(command[command.index("--out") + 1])
+    out = Path(command[command.index("--out") + 1])
     asked, evaluate = [], evaluator.evaluate
 
     def spy(lm, tasks, **options):
@@ -129,7 +131,7 @@ def test_a_dry_run_resolves_names_and_shapes_without_weights(command, capsys):
 
 
 def test_labelled_questions_are_no_anchors(command):
-    tasks = Tasks(four_domains.Path(command[1]))
+    tasks = Tasks(Path(command[1]))
     pairs, anchors = texts_of(tasks, "local_medmcqa", 0)
     assert (
         len(pairs) >= 8 and pairs.positive[0].endswith("Answer: calcium") and pairs.negative[0].endswith("Answer: air")
@@ -240,6 +242,16 @@ def test_an_arms_mean_over_tasks():
     assert "| a, acc | 400 |" in text and "over 2 tasks: a, b |" in text and text.count(" * |") == 2
 
 
+def test_the_page_shows_what_the_stored_answers_give():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    lines = read_lines(ROOT / "docs" / "benchmarks" / "results.jsonl")
+    args = settings(doses=[0.25, 1.0], limit=500, validation=100, anchors=700)
+    rows = summary(lines, SCALES["small"], args)
+    short = overview(rows, *pooled(lines, SCALES["small"], args)).splitlines()
+    assert len(short) > 20 and [line for line in short if line.startswith("|") and line not in page] == []
+    assert all(line["n"] == len(line["acc"]) >= 200 for line in lines)
+
+
 def test_no_option_tells_the_label():
     rows = [
         {"question": f"q{i}", "options": ["no", "maybe", "yes"], "answer": int(i % 10 > 3) + (i % 10 > 8)}
@@ -256,7 +268,7 @@ def test_no_option_tells_the_label():
 
 
 def test_every_named_task_and_metric_is_there(command):
-    tasks = Tasks(four_domains.Path(command[1]))
+    tasks = Tasks(Path(command[1]))
     for domain in (d for scale in SCALES.values() for d in scale):
         for name, metric in domain.tasks.items():
             assert metric in tasks(name)._metric_fn_list

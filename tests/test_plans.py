@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import nnsight
 import pytest
 import torch
@@ -456,6 +458,34 @@ def test_strengths_a_row_of_several_layers_are_saved(tmp_path):
     plan = SteeringPlan([SteeringVector(k, torch.ones(4)) for k in (1, 2)]).with_(strength=torch.tensor([0.1, -0.1]))
     back = SteeringPlan.load((plan + plan).save(tmp_path / "plan.safetensors"))
     assert len(back.vectors) == 4 and all(torch.equal(v.strength, torch.tensor([0.1, -0.1])) for v in back.vectors)
+
+
+def test_a_plan_takes_the_model_it_is_for_and_keeps_its_identity(tmp_path):
+    model = tiny("llama")
+    plan = SteeringPlan([SteeringVector(1, torch.randn(32), 0.5)], target=model)
+    assert plan.target == ModelIdentity.of(model) and SteeringPlan.load(plan.save(tmp_path / "p")).target == plan.target
+    with pytest.raises(ValueError, match=r"target must be a wrapped model or its ModelIdentity, got 'SmolLM2'"):
+        SteeringPlan(plan.vectors, target="SmolLM2")
+
+
+def test_a_file_is_readable_as_the_umask_says(tmp_path):
+    plan = SteeringPlan([SteeringVector(1, torch.randn(32), 0.5)])
+    mask = os.umask(0o027)
+    try:
+        assert plan.save(tmp_path / "p").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(mask)
+
+
+def test_a_map_that_predicts_nothing_is_told():
+    def told(r2, aligner="RidgeAligner()"):
+        pairs = [{"expert_layer": 2, "target_layer": 3, "held_out_r2": x, "held_out_auc": 0.8} for x in r2]
+        info = {"pairs": pairs, "settings": {"aligner": aligner}}
+        return repr(SteeringPlan([SteeringVector(3, torch.randn(32), 0.5)], info=info))
+
+    assert "expert>target: 2>3 (R² 0.31, AUC 0.80), 2>3 (R² 0.01, AUC 0.80)" in told([0.31, 0.01])
+    assert "predicts next to nothing" in told([0.04, -0.2]) and "predicts next to nothing" not in told([0.31, 0.01])
+    assert "predicts next to nothing" not in told([-0.2], "CovarianceAligner()")  # which predicts no states
 
 
 def test_a_folder_is_no_file_to_write(tmp_path):

@@ -131,6 +131,7 @@ def test_a_bad_plan_is_told_to_be_one(seed):
     controls = {"native": useful(model), "untrained": random_plans(bad, 3, 5), "random": random_plans(bad, 10)}
     found = receipt(bad, model, WORDS, PROMPTS, controls, kl_budget=0.05, doses=(), rollout_tokens=0, **QUICK)
     assert found.contributed is False and "contributed nothing" in found.verdict
+    assert f" could reach {found.bar:.3g})" in found.verdict
     assert "contributed nothing" in repr(found.plan)
 
 
