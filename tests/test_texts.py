@@ -88,7 +88,7 @@ def test_splits_slices_and_indices():
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ([], "must be .positive, negative. tuples"),
+        ([], "There are no contrast pairs: the list is empty"),
         (["ab", "cd"], "must be .positive, negative. tuples"),
         ([("a", "b", "c")], "must be .positive, negative. tuples"),
         (
