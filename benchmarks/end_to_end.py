@@ -6,18 +6,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from nnsight.modeling.transformers import TransformersModel
-
 import expertsteer_nnsight as es
-from expertsteer_nnsight.packaged_models import model_path
+from expertsteer_nnsight.packaged_models import load
 
 
 def main() -> None:
     """Reads the states once without counting, then prints the seconds of each step."""
-    expert, target = (
-        TransformersModel(str(model_path(name)), task="text-generation", dispatch=True)
-        for name in ("gemma-3-270m", "SmolLM2-135M-Instruct")
-    )
+    expert, target = load("gemma-3-270m"), load("SmolLM2-135M-Instruct")
     pairs, probe = es.example("sentiment_pairs").split("train"), es.example("sentiment_probe")
     words = es.Words(probe["test_prompts"], probe["positive_words"], probe["negative_words"])
     neutral, texts = probe["neutral_texts"][:8], (expert, target, pairs, es.example("general"))

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnsight.modeling.transformers import TransformersModel
 
 from expertsteer_nnsight.interop.lm_eval import SteeredLM
-from expertsteer_nnsight.packaged_models import model_path
+from expertsteer_nnsight.packaged_models import load
 from recipes.domain_texts import Tasks
 
 TASKS = ("local_arc_easy", "local_financial_phrasebank", "local_svamp")
@@ -54,7 +53,7 @@ def main() -> None:
     tasks = Tasks(args.data)
     print(f"{torch.get_num_threads()} threads, batches of {args.batch_size}")
     for name in MODELS:
-        model = TransformersModel(str(model_path(name)), task="text-generation", dispatch=True, dtype=torch.float32)
+        model = load(name)
         hf: Any = HFLM
         sides = (
             SteeredLM(model, batch_size=args.batch_size),

@@ -154,7 +154,7 @@ def random_llama(tokenizer: Any, device: str) -> TransformersModel:
 
 def main() -> None:
     """Prints one line a comparison: our seconds, the other's, and the ratio."""
-    from expertsteer_nnsight.packaged_models import model_path
+    from expertsteer_nnsight.packaged_models import load
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["packaged", "7b"], default="packaged")
@@ -162,8 +162,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=256)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = str(model_path("SmolLM2-135M-Instruct"))
-    model = TransformersModel(where, task="text-generation", dispatch=True, device_map=device)
+    model = load("SmolLM2-135M-Instruct")
     if args.shape == "7b":
         model = random_llama(model.tokenizer, device)
     texts = es.example("general")[: args.texts]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.identity import ModelIdentity
 from expertsteer_nnsight.texts import as_texts
 
 
@@ -23,7 +22,7 @@ def plan_for(plan: es.SteeringPlan, wrapped: Any, model: str | None) -> es.Steer
     if model is None:
         return plan
     plan.check(wrapped, any_id=True)  # a model of any name, but of the plan's width and depth
-    return es.SteeringPlan(plan.vectors, ModelIdentity.of(wrapped), plan.info)
+    return es.SteeringPlan(plan.vectors, wrapped, plan.info)
 
 
 def model_of(name: str, remote: str | None) -> Any:

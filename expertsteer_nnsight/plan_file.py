@@ -61,10 +61,11 @@ def whole_file(path: str | Path, write: Callable[[Path], object]) -> Path:
         raise ValueError(f"{path} is a folder: name a file in it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask says; safetensors writes files that nobody else may read
     write(temporary)
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)  # safetensors writes files that nobody else may read
+    temporary.chmod(mode)
     os.replace(temporary, path)
     return path
 

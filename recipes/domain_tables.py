@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from expertsteer_nnsight.plotting import figure
+from expertsteer_nnsight.receipts import interval
 from recipes.domain_settings import Domain
 
 Line = dict[str, Any]
@@ -30,17 +31,13 @@ def read_lines(path: Path) -> list[Line]:
 
 def compared(steered: Sequence[int], unsteered: Sequence[int]) -> Line:
     """Difference of two accuracies on the same items, with a 95 % interval (paired bootstrap) and McNemar's exact p."""
-    from scipy.stats import binomtest, bootstrap
+    from scipy.stats import binomtest
 
     a, b = np.array(steered), np.array(unsteered)
     gained, lost = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    low, high = (0.0, 0.0)
-    if gained + lost and len(a) > 1:
-        low, high = bootstrap(
-            ((a - b).astype(float),), np.mean, method="percentile", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
-        ).confidence_interval
-    return {"difference": float((a - b).mean()), "low": float(low), "high": float(high), "p": float(p)}
+    difference, low, high = interval(a - b)
+    return {"difference": difference, "low": low, "high": high, "p": float(p)}
 
 
 def place(domain: Domain, args: Any) -> dict[str, str]:
@@ -148,17 +145,11 @@ def overview(rows: list[Line], shared: list[str], means: list[Line]) -> str:
         mine = [row for row in rows if row["task"] == task]
         of = {row["arm"]: row for row in mine}
         span = [row["difference"] for row in mine if row["arm"] in CONTROLS]
-        base = of["unsteered"]
-
-        def level(arm: str, of: Any = of, metric: str = base["metric"]) -> str:
-            return f"{of[arm][metric]:.3f}" if arm in of else ""
-
-        def change(arm: str, of: Any = of) -> str:
-            return told(of[arm]) + (" *" if of[arm].get("holm", 1.0) < 0.05 else "") if arm in of else ""
-
-        cells = [f"{task.removeprefix('local_')}, {base['metric']}", str(base["n"])]
-        cells += [level(arm) for arm in ("unsteered", "expert_itself", "prompted")]
-        cells += [change(arm) for arm in ("native", *OWN)]
+        metric, n = of["unsteered"]["metric"], of["unsteered"]["n"]
+        stars = {arm: " *" if row.get("holm", 1.0) < 0.05 else "" for arm, row in of.items()}
+        cells = [f"{task.removeprefix('local_')}, {metric}", str(n)]
+        cells += [f"{of[arm][metric]:.3f}" if arm in of else "" for arm in ("unsteered", "expert_itself", "prompted")]
+        cells += [told(of[arm]) + stars[arm] if arm in of else "" for arm in ("native", *OWN)]
         whole = {*CONTROLS} <= {*of}
         cells.append(f"{min(span):+.3f} to {max(span):+.3f} ({len(span)})" if whole else "")
         out.append("| " + " | ".join(cells) + " |")

@@ -6,7 +6,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 from question_sets import said, write_sets
 
-from recipes.tasks.readers import READERS, _with_test, dataset, families, kept, read, splits
+from recipes.tasks.readers import READERS, _with_test, dataset, families, financial_phrasebank, kept, read, splits
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +118,17 @@ def test_what_is_missing_is_said(tmp_path):
         read("svamp", tmp_path)
     with pytest.raises(ValueError, match="The folder of the data is missing: --metadata"):
         dataset(reader="svamp")
+
+
+def test_a_sorted_file_is_measured_in_a_drawn_order(tmp_path):
+    labels = ["negative", "neutral", "positive"]
+    words = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(600)]
+    lines = [f"{w} {w[::-1]} firm said {w}{w} .@{labels[i // 200]}\n" for i, w in enumerate(words)]
+    (tmp_path / "financial_phrasebank").mkdir()
+    (tmp_path / "financial_phrasebank" / "Sentences_75Agree.txt").write_text("".join(lines), "latin-1")
+    drawn, plain = read("financial_phrasebank", tmp_path), splits(financial_phrasebank(tmp_path))
+    for split, rows in plain.items():
+        answers = [[row["answer"] for row in found] for found in (rows, drawn[split])]
+        assert answers[0] == sorted(answers[0]) == sorted(answers[1]) and len(answers[0]) > 20
+        assert (drawn[split] == rows) == (split == "train")  # pairs are drawn from it in any case
+        assert split == "train" or {*answers[1][:20]} == {0, 1, 2}
