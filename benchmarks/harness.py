@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from expertsteer_nnsight.interop.lm_eval import SteeredLM
-from expertsteer_nnsight.packaged_models import load
+from expertsteer_nnsight.models.packaged import load
 from recipes.domain_texts import Tasks
 
 TASKS = ("local_arc_easy", "local_financial_phrasebank", "local_svamp")

@@ -154,7 +154,7 @@ def random_llama(tokenizer: Any, device: str) -> TransformersModel:
 
 def main() -> None:
     """Prints one line a comparison: our seconds, the other's, and the ratio."""
-    from expertsteer_nnsight.packaged_models import load
+    from expertsteer_nnsight.models.packaged import load
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["packaged", "7b"], default="packaged")

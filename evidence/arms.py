@@ -10,10 +10,10 @@ import expertsteer_nnsight as es
 from evidence.cell import Arm, Cell
 from evidence.models import model
 from evidence.shares import WIDENED
-from expertsteer_nnsight.alignment import IdentityAligner, ProcrustesAligner
-from expertsteer_nnsight.control_arms import control_arms
-from expertsteer_nnsight.layer_sweep import Validation, sweep
-from expertsteer_nnsight.steering import SteeringPlan
+from expertsteer_nnsight.align.closed_form import IdentityAligner, ProcrustesAligner
+from expertsteer_nnsight.fit.control_arms import control_arms
+from expertsteer_nnsight.fit.layer_sweep import Validation, sweep
+from expertsteer_nnsight.steering.plan import SteeringPlan
 
 Layers = list[tuple[int, int]]
 NULL_ITEMS = 32

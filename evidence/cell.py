@@ -12,12 +12,12 @@ import numpy as np
 import expertsteer_nnsight as es
 from evidence.concepts import Concept
 from evidence.models import PAIRS, States, model
-from expertsteer_nnsight.activations import Activations
-from expertsteer_nnsight.control_arms import text_features
-from expertsteer_nnsight.positions import prefix_ids
-from expertsteer_nnsight.steering import SteeringPlan
-from expertsteer_nnsight.texts import Position
-from expertsteer_nnsight.word_ends import shared_ends
+from expertsteer_nnsight.fit.control_arms import text_features
+from expertsteer_nnsight.models.positions import prefix_ids
+from expertsteer_nnsight.states.activations import Activations
+from expertsteer_nnsight.steering.plan import SteeringPlan
+from expertsteer_nnsight.texts.texts import Position
+from expertsteer_nnsight.texts.word_ends import shared_ends
 
 UNTRAINED = (1, 2, 3)
 ENDS = 4  # further places of each generic text, where they are read

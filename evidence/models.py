@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.activations import Activations
-from expertsteer_nnsight.packaged_models import load
-from expertsteer_nnsight.texts import Position, texts_hash
+from expertsteer_nnsight.models.packaged import load
+from expertsteer_nnsight.states.activations import Activations
+from expertsteer_nnsight.texts.texts import Position, texts_hash
 
 FILES = {"gemma": "gemma-3-270m", "smol": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
 PAIRS = {"gemma-smol": ("gemma", "smol"), "smol-gemma": ("smol", "gemma"), "qwen-smol": ("qwen", "smol")}

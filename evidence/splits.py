@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from expertsteer_nnsight.overlap import _words
+from expertsteer_nnsight.texts.overlap import words_of
 
 NEAR = 0.6  # share of common words from which on two texts are near copies
 
@@ -45,7 +45,7 @@ class Apart:
 
 
 def _read(text: str) -> tuple[frozenset[str], str]:
-    found = _words(text)
+    found = words_of(text)
     return frozenset(found), f" {' '.join(found)} "
 
 

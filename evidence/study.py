@@ -28,13 +28,13 @@ from evidence.arms import base, factors, widened
 from evidence.cell import Arm, Cell
 from evidence.concepts import FACTORED, OPENINGS, REPORTING, Data, concept, generic
 from evidence.models import PAIRS, States, model
-from expertsteer_nnsight.calibration import either_sign, neutral_tokens, with_total
-from expertsteer_nnsight.effects import Effect
-from expertsteer_nnsight.judge import SentenceJudge
-from expertsteer_nnsight.rollouts import completions, rollouts, variety
-from expertsteer_nnsight.scoring import likelihoods
-from expertsteer_nnsight.steering import SteeringPlan
-from expertsteer_nnsight.texts import texts_hash
+from expertsteer_nnsight.measure.calibration import either_sign, neutral_tokens
+from expertsteer_nnsight.measure.effects import Effect
+from expertsteer_nnsight.measure.judge import SentenceJudge
+from expertsteer_nnsight.measure.rollouts import completions, rollouts, variety
+from expertsteer_nnsight.measure.scoring import likelihoods
+from expertsteer_nnsight.steering.plan import SteeringPlan, with_total
+from expertsteer_nnsight.texts.texts import texts_hash
 
 CHUNK = 40  # plans that share forwards, and whose results are written at once
 NULLS = ("permuted", "random")

@@ -7,80 +7,80 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-import nnsight
+from cloudpickle import register_pickle_by_value
 
 from ._version import __version__
 
-# name -> module: public names are imported when first used, so that `import expertsteer_nnsight` costs what nnsight does
+# name -> module: public names are imported when first used, so that `import expertsteer_nnsight` and the command line start fast
 _HOMES = {
-    "Activations": "activations",
-    "collect": "collecting",
-    "Aligner": "aligner",
-    "AutoencoderAligner": "autoencoder",
-    "CovarianceAligner": "alignment",
-    "IdentityAligner": "alignment",
-    "ProcrustesAligner": "alignment",
-    "RidgeAligner": "alignment",
-    "calibrate": "calibration",
-    "find_direction": "directions",
-    "Choices": "effects",
-    "Judged": "effects",
-    "Words": "effects",
-    "ExpertSteer": "expert_steer",
-    "untrained_like": "control_arms",
-    "ContrastPairs": "labelled",
-    "LabelledTexts": "labelled",
-    "example": "labelled",
-    "match_layers": "layer_matching",
-    "receipt": "measuring",
-    "Positions": "positions",
-    "Receipt": "receipts",
-    "RecursiveFeatureMachine": "rfm",
-    "Remote": "remote",
-    "Residual": "residual",
-    "SteeringPlan": "steering",
-    "SteeringVector": "vectors",
+    "Activations": "states.activations",
+    "collect": "states.collecting",
+    "Aligner": "align.aligner",
+    "AutoencoderAligner": "align.autoencoder",
+    "CovarianceAligner": "align.closed_form",
+    "IdentityAligner": "align.closed_form",
+    "ProcrustesAligner": "align.closed_form",
+    "RidgeAligner": "align.closed_form",
+    "calibrate": "measure.calibration",
+    "find_direction": "directions.find",
+    "Choices": "measure.effects",
+    "Judged": "measure.effects",
+    "Words": "measure.effects",
+    "ExpertSteer": "fit.expert_steer",
+    "untrained_like": "models.untrained",
+    "ContrastPairs": "texts.labelled",
+    "LabelledTexts": "texts.labelled",
+    "example": "texts.labelled",
+    "match_layers": "match.layer_matching",
+    "receipt": "measure.measuring",
+    "Positions": "models.positions",
+    "Receipt": "measure.receipts",
+    "RecursiveFeatureMachine": "directions.rfm",
+    "Remote": "ndif.host",
+    "Residual": "models.residual",
+    "SteeringPlan": "steering.plan",
+    "SteeringVector": "steering.vectors",
 }
 if TYPE_CHECKING:
-    from .activations import Activations as Activations
-    from .aligner import Aligner as Aligner
-    from .alignment import (
+    from .align.aligner import Aligner as Aligner
+    from .align.autoencoder import AutoencoderAligner as AutoencoderAligner
+    from .align.closed_form import (
         CovarianceAligner as CovarianceAligner,
     )
-    from .alignment import (
+    from .align.closed_form import (
         IdentityAligner as IdentityAligner,
     )
-    from .alignment import (
+    from .align.closed_form import (
         ProcrustesAligner as ProcrustesAligner,
     )
-    from .alignment import (
+    from .align.closed_form import (
         RidgeAligner as RidgeAligner,
     )
-    from .autoencoder import AutoencoderAligner as AutoencoderAligner
-    from .calibration import calibrate as calibrate
-    from .collecting import collect as collect
-    from .control_arms import untrained_like as untrained_like
-    from .directions import find_direction as find_direction
-    from .effects import Choices as Choices
-    from .effects import Judged as Judged
-    from .effects import Words as Words
-    from .expert_steer import ExpertSteer as ExpertSteer
-    from .labelled import ContrastPairs as ContrastPairs
-    from .labelled import LabelledTexts as LabelledTexts
-    from .labelled import example as example
-    from .layer_matching import match_layers as match_layers
-    from .measuring import receipt as receipt
-    from .positions import Positions as Positions
-    from .receipts import Receipt as Receipt
-    from .remote import Remote as Remote
-    from .residual import Residual as Residual
-    from .rfm import RecursiveFeatureMachine as RecursiveFeatureMachine
-    from .steering import SteeringPlan as SteeringPlan
-    from .vectors import SteeringVector as SteeringVector
+    from .directions.find import find_direction as find_direction
+    from .directions.rfm import RecursiveFeatureMachine as RecursiveFeatureMachine
+    from .fit.expert_steer import ExpertSteer as ExpertSteer
+    from .match.layer_matching import match_layers as match_layers
+    from .measure.calibration import calibrate as calibrate
+    from .measure.effects import Choices as Choices
+    from .measure.effects import Judged as Judged
+    from .measure.effects import Words as Words
+    from .measure.measuring import receipt as receipt
+    from .measure.receipts import Receipt as Receipt
+    from .models.positions import Positions as Positions
+    from .models.residual import Residual as Residual
+    from .models.untrained import untrained_like as untrained_like
+    from .ndif.host import Remote as Remote
+    from .states.activations import Activations as Activations
+    from .states.collecting import collect as collect
+    from .steering.plan import SteeringPlan as SteeringPlan
+    from .steering.vectors import SteeringVector as SteeringVector
+    from .texts.labelled import ContrastPairs as ContrastPairs
+    from .texts.labelled import LabelledTexts as LabelledTexts
+    from .texts.labelled import example as example
 
 # A server does not have this package: what a remote block needs of it travels with the request, by value. It must be known
-# before nnsight writes a request, and nothing of ours runs between here and there.
-nnsight.register(__name__)
+# before nnsight writes a request, and nothing of ours runs between here and there. This is what `nnsight.register` does.
+register_pickle_by_value(sys.modules[__name__])
 # what may be used inside a block
 _IN_A_TRACE = ("Positions", "Residual", "SteeringPlan", "SteeringVector")
 

@@ -11,18 +11,6 @@ from typing import Annotated, Any
 import typer
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight._cli_inputs import (
-    effect_of,
-    model_of,
-    neutral_of,
-    plan_for,
-    plan_of,
-    remote_of,
-    remotes_of,
-    target_of,
-    texts_of,
-)
-from expertsteer_nnsight.texts import texts_hash
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +21,22 @@ app = typer.Typer(
     "model (gemma-3-270m, SmolLM2-135M-Instruct). --remote takes the address of an NDIF host, or `ndif` for the one that "
     "nnsight is configured with.",
 )
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"expertsteer_nnsight {es.__version__}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 class Preset(StrEnum):
@@ -95,13 +99,13 @@ def fit(
     """Make a plan from contrast pairs, and calibrate its strength."""
     if kl < 0:
         raise ValueError(f"--kl is {kl:g}: a budget is above 0, and 0 leaves the plan as it was fitted.")
-    texts, calm = texts_of(pairs, anchors), neutral_of(neutral)
-    models = model_of(expert, remote_expert), model_of(target, remote_target)
+    texts, calm = _texts_of(pairs, anchors), _neutral_of(neutral)
+    models = _model_of(expert, remote_expert), _model_of(target, remote_target)
     steer = getattr(es.ExpertSteer, preset)(random_state=seed)
-    plan = steer.fit(*models, *texts, cache=cache, **remotes_of(remote_expert, remote_target))
+    plan = steer.fit(*models, *texts, cache=cache, **_remotes_of(remote_expert, remote_target))
     if kl:
         plan.save(out)  # should the calibration fail
-        plan = es.calibrate(plan, models[1], calm, kl, remote=remote_of(remote_target), progress=True)
+        plan = es.calibrate(plan, models[1], calm, kl, remote=_remote_of(remote_target), progress=True)
     plan.save(out)
     typer.echo(f"{plan}\nWrote {out}.")
 
@@ -125,20 +129,20 @@ def generate(
     """Continue prompts with the steered model."""
     import torch
 
-    from .rollouts import completions, rollouts
+    from .measure.rollouts import completions, rollouts
 
-    steering = plan_of(plan, dose)
+    steering = _plan_of(plan, dose)
     if steering.dose is not None and abs(steering.dose) > 1.5:
         times = f"{steering.dose**2:.1f} times the calibrated one"
         typer.echo(
             f"Dose {steering.dose:g}: KL grows about as its square, here {times}; text may break down.", err=True
         )
-    wrapped = model_of(target_of(steering, model), remote)
-    steering = plan_for(steering, wrapped, model)
+    wrapped = _model_of(_target_of(steering, model), remote)
+    steering = _plan_for(steering, wrapped, model)
     texts: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
     for name, arm in {**({"unsteered": None} if unsteered else {}), "steered": steering}.items():
         torch.manual_seed(seed)
-        made = rollouts(wrapped, texts, arm, tokens, do_sample=sample, remote=remote_of(remote))
+        made = rollouts(wrapped, texts, arm, tokens, do_sample=sample, remote=_remote_of(remote))
         for prompt, said in zip(prompts, completions(wrapped, made), strict=True):
             told = f"{name}:\n" if unsteered else ""
             if not said:
@@ -173,32 +177,34 @@ def receipt(
     remote_target: RemoteTarget = None,
 ) -> None:
     """Measure a plan's effect, cost and controls at equal KL; the plan is fitted again for its controls."""
-    tested = plan_of(plan)
+    from .texts.texts import texts_hash
+
+    tested = _plan_of(plan)
     source = tested.info.get("expert")
     named = expert or (source.get("id") if isinstance(source, dict) else source)
     if not named:
         raise ValueError(f"{plan} does not say which expert it came from: name it with --expert.")
-    measured, labelled, texts = effect_of(effect), *texts_of(pairs, anchors)
-    models = model_of(named, remote_expert), model_of(target_of(tested, model), remote_target)
+    measured, labelled, texts = _effect_of(effect), *_texts_of(pairs, anchors)
+    models = _model_of(named, remote_expert), _model_of(_target_of(tested, model), remote_target)
     hashes = {"labelled_hash": texts_hash(labelled.texts), "anchors_hash": texts_hash(texts)}
     known = tested.info.get("data", {})
     if any(known.get(k, v) != v for k, v in hashes.items()):
         raise ValueError(
             f"{plan} was fitted on other texts than these: give the --pairs and --anchors that it was made of."
         )
-    steer, where = getattr(es.ExpertSteer, preset)(random_state=seed), remotes_of(remote_expert, remote_target)
+    steer, where = getattr(es.ExpertSteer, preset)(random_state=seed), _remotes_of(remote_expert, remote_target)
     if steer.settings != tested.info.get("settings"):
         raise ValueError(f"{plan} was fitted with other settings: give the --preset and --seed that it was made with.")
     steer.fit(*models, labelled, texts, cache=cache, **where)
     controls = steer.controls(*models, labelled, texts, untrained=untrained, draws=draws, cache=cache, **where)
     found = es.receipt(
-        plan_for(tested, models[1], model),
+        _plan_for(tested, models[1], model),
         models[1],
         measured,
-        neutral_of(neutral),
+        _neutral_of(neutral),
         controls,
         draws=draws,
-        remote=remote_of(remote_target),
+        remote=_remote_of(remote_target),
     )
     found.plan.save(out or plan)
     typer.echo(f"{found}\nWrote {out or plan}.")
@@ -207,24 +213,19 @@ def receipt(
 @app.command()
 def info(plan: PlanFile, as_json: Annotated[bool, typer.Option("--json", help="the whole header")] = False) -> None:
     """Print what a plan is, where it came from and what was measured."""
-    import torch
+    from .steering.plan_file import read_header  # which needs no torch
 
-    shown = plan_of(plan)
+    shown = read_header(plan)
     if as_json:
-        kept = ("layer", "op", "where", "from_step", "skip_special", "residual_norm")
-        vectors = [
-            {
-                **{name: getattr(v, name) for name in kept},
-                "strength": torch.as_tensor(v.strength, dtype=torch.float64).tolist(),
-            }
-            for v in shown.vectors
-        ]
-        target = shown.target.to_dict() if shown.target else None
-        typer.echo(json.dumps({"target": target, "vectors": vectors, "info": shown.info}, indent=1, default=str))
+        kept = ("layer", "op", "where", "from_step", "skip_special", "residual_norm", "strength")
+        vectors = [{name: getattr(v, name) for name in kept} for v in shown.vectors]
+        typer.echo(json.dumps({"target": shown.target, "vectors": vectors, "info": shown.info}, indent=1, default=str))
         return
     typer.echo(str(shown))
     if "receipt" in shown.info:
-        typer.echo(f"\n{es.Receipt.from_dict(shown.info['receipt'])}")
+        from .measure.receipts import Receipt
+
+        typer.echo(f"\n{Receipt.from_dict(shown.info['receipt'])}")
 
 
 @app.command()
@@ -238,13 +239,103 @@ def export(
     """Write a plan for another tool: llama.cpp and repeng (gguf), lm-eval's steered model, plain vectors, or the hub."""
     from .interop.formats import EXPORTS
 
-    taken = plan_of(plan, dose)
+    taken = _plan_of(plan, dose)
     if to == Format.hub:
         typer.echo(f"Wrote {taken.push_to_hub(out)}")
         return
-    wrapped = model_of(target_of(taken, model), "names") if to == Format.lm_eval or model else None
-    written = EXPORTS[to](plan_for(taken, wrapped, model), out, wrapped)
+    wrapped = _model_of(_target_of(taken, model), "names") if to == Format.lm_eval or model else None
+    written = EXPORTS[to](_plan_for(taken, wrapped, model), out, wrapped)
     typer.echo(f"Wrote {written}. Its reader steers every token, also a <bos>, and knows of no dose.")
+
+
+# -- what the arguments mean -------------------------------------------------------------------------------------------
+
+
+def _plan_of(path: Path, dose: float | None = None) -> es.SteeringPlan:
+    """A plan's file, at a dose if one is named."""
+    plan = es.SteeringPlan.load(path)
+    return plan if dose is None else plan.at_dose(dose)
+
+
+def _plan_for(plan: es.SteeringPlan, wrapped: Any, model: str | None) -> es.SteeringPlan:
+    """The plan as it is, or for the model that was named in place of its target."""
+    if model is None:
+        return plan
+    plan.check(wrapped, any_id=True)  # a model of any name, but of the plan's width and depth
+    return es.SteeringPlan(plan.vectors, wrapped, plan.info)
+
+
+def _model_of(name: str, remote: str | None) -> Any:
+    """The model that a name means, with its weights unless it is remote."""
+    from difflib import get_close_matches
+
+    from .models.packaged import MODELS, load
+
+    known = [packaged for packaged in MODELS if "MiniLM" not in packaged]  # which writes no text
+    near = [] if "/" in name or name in known or Path(name).exists() else get_close_matches(name, known, 1, 0.85)
+    if near:
+        raise ValueError(f"There is no model {name!r}: is {near[0]} meant?")
+    try:
+        return load(name, here=remote is None)
+    except OSError as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name!r} is no folder and no packaged model ({', '.join(known)}), and the hub did not give it: {said}"
+        ) from None
+
+
+def _target_of(plan: es.SteeringPlan, model: str | None) -> str:
+    """The name of the model to steer: the one that was named, else the plan's."""
+    named = model or (plan.target.id if plan.target else None)
+    if not named:
+        raise ValueError("The plan does not say which model it is for: name it with --model.")
+    return named
+
+
+def _remote_of(remote: str | None) -> Any:
+    """The `remote=` that an option means."""
+    return False if remote is None else True if remote == "ndif" else remote
+
+
+def _remotes_of(remote_expert: str | None, remote_target: str | None) -> dict[str, Any]:
+    """The same of both options, as arguments of `fit`."""
+    return {"remote_expert": _remote_of(remote_expert), "remote_target": _remote_of(remote_target)}
+
+
+def _texts_of(pairs: Path | None, anchors: Path | None) -> tuple[es.ContrastPairs, list[Any]]:
+    """Contrast pairs and anchors, from files or the package's."""
+    from .texts.texts import as_texts
+
+    labelled = es.example("sentiment_pairs").split("train") if pairs is None else es.ContrastPairs.from_jsonl(pairs)
+    return labelled, list(es.example("general")) if anchors is None else as_texts(anchors)
+
+
+def _neutral_of(path: Path | None) -> list[Any]:
+    """Neutral texts, from a file or the package's."""
+    from .texts.texts import as_texts
+
+    return list(es.example("sentiment_probe")["neutral_texts"][:8]) if path is None else as_texts(path)
+
+
+def _effect_of(path: Path | None) -> Any:
+    """The effect that a file describes, or the package's."""
+    try:
+        found = es.example("sentiment_probe") if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"An effect's file holds an object, but {path} a {type(found).__name__}.")
+    if "items" in found:
+        wrong = next((item for item in found["items"] if isinstance(item, str) or len(item) != 3), None)
+        if wrong is not None:
+            raise ValueError(f"An item of {path} is a prompt, a text and the other text, but one is {wrong!r:.60}.")
+        return es.Choices([tuple(item) for item in found["items"]])
+    prompts = found.get("prompts", found.get("test_prompts"))
+    if prompts is None or not {"positive_words", "negative_words"} <= set(found):
+        raise ValueError(
+            f"An effect's file needs prompts, positive_words and negative_words, or items, but {path} has {sorted(found)}."
+        )
+    return es.Words(prompts, found["positive_words"], found["negative_words"])
 
 
 def main() -> None:

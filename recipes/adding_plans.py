@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.calibration import neutral_tokens
-from expertsteer_nnsight.scoring import costs
+from expertsteer_nnsight.measure.calibration import neutral_tokens
+from expertsteer_nnsight.measure.scoring import costs
 from recipes import pair
 
 PAST = ("was", "had", "went", "said", "took", "made", "came", "saw", "found", "gave", "thought", "knew", "left", "kept")

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.calibration import neutral_tokens, total_strength
+from expertsteer_nnsight.measure.calibration import neutral_tokens
+from expertsteer_nnsight.measure.scoring import costs, encoded
 from expertsteer_nnsight.plotting import figure, plot_tokens
-from expertsteer_nnsight.scoring import costs, encoded
+from expertsteer_nnsight.steering.plan import total_strength
 from recipes import pair
 
 DOSES = (0.25, 0.5, 1.0, 1.5, 2.0)

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.rollouts import completions, rollouts
-from expertsteer_nnsight.texts import tokenizer_of
+from expertsteer_nnsight.measure.rollouts import completions, rollouts
+from expertsteer_nnsight.texts.texts import tokenizer_of
 from recipes import pair
 
 

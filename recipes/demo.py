@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.overlap import check_disjoint
-from expertsteer_nnsight.packaged_models import load
+from expertsteer_nnsight.models.packaged import load
 from expertsteer_nnsight.plotting import figure, plot_doses, plot_layer_scores, plot_receipt
+from expertsteer_nnsight.texts.overlap import check_disjoint
 from recipes.pair import print_continuations
 
 

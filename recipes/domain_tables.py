@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from expertsteer_nnsight.measure.receipts import interval
 from expertsteer_nnsight.plotting import figure
-from expertsteer_nnsight.receipts import interval
 from recipes.domain_settings import Domain
 
 Line = dict[str, Any]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.texts import texts_hash
+from expertsteer_nnsight.texts.texts import texts_hash
 from recipes.domain_tables import Line
 
 PAIRS = 200  # labelled pairs, at most

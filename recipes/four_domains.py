@@ -25,8 +25,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.packaged_models import load
-from expertsteer_nnsight.texts import texts_hash
+from expertsteer_nnsight.models.packaged import load
+from expertsteer_nnsight.texts.texts import texts_hash
 from recipes.domain_settings import SCALES, Domain
 from recipes.domain_tables import Line, place, read_lines, report
 from recipes.domain_texts import Tasks, texts_of

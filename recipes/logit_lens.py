@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.positions import prefix_of
-from expertsteer_nnsight.texts import tokenizer_of
-from expertsteer_nnsight.word_ends import shared_ends
-from expertsteer_nnsight.word_scores import word_ids
+from expertsteer_nnsight.measure.effects import word_ids
+from expertsteer_nnsight.models.positions import prefix_of
+from expertsteer_nnsight.texts.texts import tokenizer_of
+from expertsteer_nnsight.texts.word_ends import shared_ends
 from recipes import pair
 
 

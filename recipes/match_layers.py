@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.layer_matching import LayerPair, LayerScores
+from expertsteer_nnsight.match.layer_matching import LayerPair, LayerScores
 from expertsteer_nnsight.plotting import figure
 from recipes import pair
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from expertsteer_nnsight.texts import tokenizer_of
+from expertsteer_nnsight.texts.texts import tokenizer_of
 from recipes import pair
 from recipes.logit_lens import log_odds, output_parts
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.identity import ModelIdentity
-from expertsteer_nnsight.packaged_models import cache_folder, load
-from expertsteer_nnsight.rollouts import completions, rollouts
-from expertsteer_nnsight.texts import texts_hash
+from expertsteer_nnsight.files import cache_folder
+from expertsteer_nnsight.measure.rollouts import completions, rollouts
+from expertsteer_nnsight.models.identity import ModelIdentity
+from expertsteer_nnsight.models.packaged import load
+from expertsteer_nnsight.texts.texts import texts_hash
 
 ANCHORS = 400
 FIGURES = Path("runs/recipes")

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.directions import Direction
+from expertsteer_nnsight.directions.find import Direction
 from expertsteer_nnsight.plotting import plot_spectrum
 from recipes import pair
 

@@ -17,7 +17,7 @@ import nnsight
 from nnsight import CONFIG
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.packaged_models import load
+from expertsteer_nnsight.models.packaged import load
 
 
 def running(remote: es.Remote) -> str:

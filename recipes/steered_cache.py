@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.residual import hidden
+from expertsteer_nnsight.models.residual import hidden
 from recipes import pair
 
 

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight import cli
-from expertsteer_nnsight._cli_inputs import effect_of, model_of
 from expertsteer_nnsight.cli import app
 from expertsteer_nnsight.interop.formats import from_gguf
 
@@ -70,7 +69,7 @@ def plan(place, texts):
 
 
 def test_fit_makes_what_the_library_makes(place, plan):
-    expert, target = (model_of(str(place / name), None) for name in ("expert", "target"))
+    expert, target = (cli._model_of(str(place / name), None) for name in ("expert", "target"))
     pairs, anchors = es.ContrastPairs.from_jsonl(place / "pairs.jsonl"), (place / "anchors.txt").read_text().split("\n")
     made = es.ExpertSteer.recommended().fit(expert, target, pairs, anchors, progress=False)
     made = es.calibrate(made, target, ["the quick brown fox", "a lazy dog jumps over"], 0.05)
@@ -98,7 +97,7 @@ def test_generate_steers_by_dose(place, plan, monkeypatch):
     )
     # a model that ends the text at once
     with monkeypatch.context() as patched:
-        patched.setattr("expertsteer_nnsight.rollouts.completions", lambda model, made: [""])
+        patched.setattr("expertsteer_nnsight.measure.rollouts.completions", lambda model, made: [""])
         assert "(The model ended the text at once: --chat asks it as a user.)" in run(*alone)
     # the plan's own target, which is a folder's name and no id of the hub
     run("generate", plan, "a dog", fails="'target' is no folder and no packaged model .*, and the hub did not give it")
@@ -163,7 +162,7 @@ def test_wrong_input_is_one_sentence(place, plan, monkeypatch, capsys):
         ("list", "holds an object, but .* a list"),
     ):
         with pytest.raises(ValueError, match=told):
-            effect_of(place / f"{name}.json")
+            cli._effect_of(place / f"{name}.json")
     run("fit", "gemma-3-270mm", place / "target", fails="no model 'gemma-3-270mm': is gemma-3-270m meant")
     run("fit", place / "expert", place / "target", "--kl", -1, fails="--kl is -1: a budget is above 0")
     es.SteeringPlan(read.vectors).save(place / "anyone.safetensors")
@@ -182,12 +181,12 @@ def test_wrong_input_is_one_sentence(place, plan, monkeypatch, capsys):
 
 def test_an_effects_file(place):
     (place / "words.json").write_text('{"prompts": ["a"], "positive_words": [" good"], "negative_words": [" bad"]}')
-    assert isinstance(effect_of(place / "words.json"), es.Words)
-    assert isinstance(effect_of(place / "effect.json"), es.Choices)
+    assert isinstance(cli._effect_of(place / "words.json"), es.Words)
+    assert isinstance(cli._effect_of(place / "effect.json"), es.Choices)
     with pytest.raises(
         ValueError, match=r"needs prompts, positive_words and negative_words, or items, but .* has \['words'\]"
     ):
-        effect_of(place / "wrong.json")
+        cli._effect_of(place / "wrong.json")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

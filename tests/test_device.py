@@ -8,14 +8,14 @@ import os
 import pytest
 import tiny
 import torch
+from harness import choices, close, ours, plain, plan_for
 from nnsight.modeling.transformers import TransformersModel
-from test_expert_steer import GENERAL, PAIRS
-from test_lm_eval import choices, close, ours, plain, plan_for
-from test_receipts import WORDS
+from planted import GENERAL, PAIRS
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.packaged_models import load
+from expertsteer_nnsight.models.packaged import load
 
+WORDS = es.Words(tiny.PROMPTS, ("the", "dog"), ("test", "fox"))
 DEVICE = os.environ.get("EXPERTSTEER_TEST_DEVICE")
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="EXPERTSTEER_TEST_DEVICE names no device")
 

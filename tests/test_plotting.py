@@ -11,9 +11,9 @@ import pytest
 import torch
 from sklearn.exceptions import NotFittedError
 
+from expertsteer_nnsight.directions.rfm import RecursiveFeatureMachine
+from expertsteer_nnsight.measure.receipts import Receipt
 from expertsteer_nnsight.plotting import figure, plot_doses, plot_receipt, plot_spectrum, plot_tokens
-from expertsteer_nnsight.receipts import Receipt
-from expertsteer_nnsight.rfm import RecursiveFeatureMachine
 
 pytest.importorskip("matplotlib")
 TOKENS = ["The", " train", " $_$", " costs", "5", "\n"]  # the third is no mathematics, and cannot be read as such

@@ -15,11 +15,11 @@ import nnsight
 import torch
 from torch import Tensor
 
-from ..scoring import _batches
-from ..steering import SteeringPlan
+from ..states.forward import batches
+from ..steering.plan import SteeringPlan
 
 if TYPE_CHECKING:
-    from ..remote import Remote
+    from ..ndif.host import Remote
 
 JOB = 256  # texts a remote job
 WORTH = {"cpu": 64}  # tokens that sharing a context must save, by device; a GPU is quicker with large batches
@@ -164,15 +164,15 @@ class Scorer:
             alone = list(range(len(texts)))
         alone.sort(key=lambda i: -len(texts[i].ids))  # the longest first: what does not fit fails at once
         if self.host is None:
-            for numbers in _batches(alone, batch):
+            for numbers in batches(alone, batch):
                 self._report(
                     numbers, _forward(self.model, self.plan, [texts[i] for i in numbers], self._can_keep), done
                 )
             return
-        for numbers in _batches(alone, max(1, JOB // batch) * batch):
-            batches = [[texts[i] for i in some] for some in _batches(numbers, batch)]
+        for numbers in batches(alone, max(1, JOB // batch) * batch):
+            together = [[texts[i] for i in some] for some in batches(numbers, batch)]
             with self.host.explained("Scoring continuations", "batch_size="):
-                found = _job(self.model, self.host.backend(self.model), self.plan, batches, self._can_keep)
+                found = _job(self.model, self.host.backend(self.model), self.plan, together, self._can_keep)
             self._report(numbers, found, done)
 
     @staticmethod

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..identity import ModelIdentity
-from ..plan_file import whole_file
-from ..residual import Residual
-from ..steering import SteeringPlan
-from ..vectors import SteeringVector
+from ..files import whole_file
+from ..models.identity import ModelIdentity
+from ..models.residual import Residual
+from ..steering.plan import SteeringPlan
+from ..steering.vectors import SteeringVector
 
 
 def added(plan: SteeringPlan) -> dict[int, Float[Tensor, " hidden"]]:

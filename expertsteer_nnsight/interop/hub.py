@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .._version import __version__
 
 if TYPE_CHECKING:
-    from ..steering import SteeringPlan
+    from ..steering.plan import SteeringPlan
 
 FILE = "plan.safetensors"
 
@@ -32,7 +32,7 @@ def card(plan: SteeringPlan, repo_id: str) -> str:
     receipt = plan.info.get("receipt")
     measured = "It was not measured: there is no receipt."
     if receipt:
-        from ..receipts import Receipt
+        from ..measure.receipts import Receipt
 
         measured = f"```\n{Receipt.from_dict(receipt)}\n```"
     source = f" The directions come from `{expert['id']}`." if expert.get("id") else ""
@@ -125,10 +125,10 @@ def pull(repo_id: str, revision: str | None = None, filename: str = FILE, **opti
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    from ..plan_file import load_plan
+    from ..steering.plan import SteeringPlan
 
     try:
         path = hf_hub_download(repo_id, filename, revision=revision, **options)
     except EntryNotFoundError:
         raise ValueError(f"{repo_id} has no {filename}: name the plan's file with filename=.") from None
-    return load_plan(path)
+    return SteeringPlan.load(path)

@@ -28,15 +28,15 @@ except ImportError as error:
         'Evaluating with lm-evaluation-harness needs the extra: pip install "expertsteer_nnsight[lm-eval]".'
     ) from error
 
-from .._hosts import host_of
-from ..identity import ModelIdentity, fingerprint
-from ..positions import prefix_of
-from ..steering import SteeringPlan
-from ..texts import tokenizer_of
+from ..models.identity import ModelIdentity, fingerprint
+from ..models.positions import prefix_of
+from ..ndif.argument import host_of
+from ..steering.plan import SteeringPlan
+from ..texts.texts import tokenizer_of
 from ._continuations import Scorer, Text, has_border
 
 if TYPE_CHECKING:
-    from ..remote import Remote
+    from ..ndif.host import Remote
 
 _HFLM: Any = HFLM  # its decorator hides its type
 _log = logging.getLogger("expertsteer_nnsight")

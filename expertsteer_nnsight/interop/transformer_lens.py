@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..positions import Positions, bridge_mask, prefix_of
-from ..steering import SteeringPlan
-from ..vectors import SteeringVector, needs_positions
+from ..models.positions import Positions, bridge_mask, prefix_of
+from ..steering.plan import SteeringPlan
+from ..steering.vectors import SteeringVector, needs_positions
 from .formats import plan_from
 
 Hook = tuple[str, Callable[..., Any]]

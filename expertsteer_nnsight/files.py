@@ -1,0 +1,44 @@
+"""Files: written whole or not at all, where the package keeps its own, and the versions that stand in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
+    found = {}
+    for name in ("expertsteer_nnsight", "nnsight", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def cache_folder() -> Path:
+    """Where packaged models and unfinished downloads are kept: `$EXPERTSTEER_CACHE`, or a folder in the user's cache."""
+    return Path(os.environ.get("EXPERTSTEER_CACHE") or Path.home() / ".cache" / "expertsteer_nnsight")
+
+
+def whole_file(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """What `write` puts in a file; it appears whole or not at all.
+
+    Raises:
+        ValueError: the path is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask says; safetensors writes files that nobody else may read
+    write(temporary)
+    temporary.chmod(mode)
+    os.replace(temporary, path)
+    return path

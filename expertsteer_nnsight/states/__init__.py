@@ -1,0 +1,5 @@
+"""From texts to activations.
+
+`collecting` has `collect`, `forward` the one traced forward that it repeats, here or on a server, `activations` what comes back,
+and `shards` how that is kept on disk. Nothing is steered and nothing is learnt here.
+"""

@@ -1,0 +1,148 @@
+"""States on disk: a folder with a manifest and shards, each of which tells which texts it holds.
+
+Two processes may fill one folder: a shard is named by its texts, and a text that is there twice is read once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import cache_folder
+
+_log = logging.getLogger(__package__)
+_MANIFEST = "manifest.json"
+
+
+@contextmanager
+def kept_until_done(name: str) -> Iterator[Path | None]:
+    """A folder in the user's cache that is deleted when the block succeeds, and is there again for the next try if not.
+
+    None where there can be none: another process is at the same, or the folder cannot be written.
+    """
+    folder = cache_folder() / "unfinished" / name
+    lock = folder.with_suffix(".lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        _log.warning(
+            "What comes back cannot be kept in %s (%s): name a folder with cache=.", folder.parent, error.strerror
+        )
+        yield None
+        return
+    with file:
+        if not _locked(file):
+            yield None
+            return
+        try:
+            yield folder
+        except BaseException:
+            if not shards_of(folder):
+                _remove(folder, lock)
+            raise
+        _remove(folder, lock)
+
+
+def _remove(folder: Path, lock: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.unlink(missing_ok=True)
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return True  # not on Windows
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def open_cache(folder: Path, settings: dict[str, Any]) -> tuple[set[int], tuple[int, ...]]:
+    """Makes the folder of a cache, or finds which rows are in it; and the layers that it holds: those of `settings`, or more."""
+    manifest = folder / _MANIFEST
+    folder.mkdir(parents=True, exist_ok=True)
+    if manifest.exists():
+        stored = json.loads(manifest.read_text())
+        differ = [k for k in settings if stored.get(k) != settings[k]]
+        # other texts have other tokens; the same texts have them with another tokenizer or chat template
+        differ = [k for k in differ if k != "tokens" or "texts" not in differ]
+        if differ == ["layers"] and set(settings["layers"]) < set(stored["layers"]):
+            differ = []
+        if differ:
+            raise ValueError(
+                f"The cache {folder} was made with another {', '.join(differ)}: pass another folder, or delete this one."
+            )
+        return {i for shard in shards_of(folder) for i in shard_index(shard)}, tuple(stored["layers"])
+    temporary = folder / f"{manifest.stem}.{os.getpid()}.partial"
+    if any(not (file.name.startswith(manifest.stem) and file.suffix == ".partial") for file in folder.iterdir()):
+        if manifest.exists():  # another process has made it since
+            return open_cache(folder, settings)
+        raise ValueError(
+            f"The folder {folder} is not empty and holds no activations: pass an empty or a new one as cache=."
+        )
+    temporary.write_text(json.dumps(settings))
+    os.replace(temporary, manifest)
+    return set(), tuple(settings["layers"])
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The shards in a folder."""
+    return sorted(folder.glob("shard-*.safetensors"))
+
+
+def shard_index(shard: Path) -> list[int]:
+    """Which texts a shard holds."""
+    with safe_open(shard, framework="pt") as file:
+        return file.get_tensor("index").tolist()
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows of several batches in one."""
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Adds a shard, whole or not at all, so that a kill leaves nothing half-written."""
+    index = tensors["index"].tolist()
+    file = folder / f"shard-{hashlib.sha256(str(index).encode()).hexdigest()[:12]}.safetensors"
+    temporary = file.with_suffix(f".{os.getpid()}.partial")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+    os.replace(temporary, file)
+
+
+def read_rows(folder: Path, key: str, texts: int) -> Tensor:
+    """Rows of all texts, in their order.
+
+    Raises:
+        ValueError: some are missing, or they have several dtypes.
+    """
+    parts, where = [], {}
+    for shard in shards_of(folder):
+        with safe_open(shard, framework="pt") as file:
+            part, index = file.get_tensor(key), file.get_tensor("index").tolist()
+        start = sum(map(len, parts))
+        parts.append(part)
+        for row, text in enumerate(index):
+            where.setdefault(text, start + row)
+    if len(where) != texts or len({part.dtype for part in parts}) > 1:
+        raise ValueError(
+            f"The shards in {folder} hold {len(where)} of {texts} texts, in dtypes {sorted({str(p.dtype) for p in parts})}: "
+            f"delete the folder and collect the states anew."
+        )
+    return torch.cat(parts)[[where[text] for text in range(texts)]]

@@ -1,0 +1,102 @@
+"""Plans as `.safetensors` files: tensors, and one JSON header. Loading never unpickles.
+
+Here a plan is its header and its tensors, by the names that they have in the file: `SteeringPlan.save` and `load` put it
+together, and whoever wants the header alone needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..files import library_versions, whole_file
+from .header import PlanHeader, VectorHeader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "expertsteer_nnsight.plan"
+VERSION = 1
+_PLAIN = ("layer", "residual_norm", "op", "where", "from_step", "skip_special")
+
+
+def write_plan(path: str | Path, header: PlanHeader, tensors: Mapping[str, Tensor]) -> Path:
+    """Writes a plan; the file appears whole or not at all.
+
+    Args:
+        path: of the file.
+        header: of the plan.
+        tensors: `i.direction` (`[hidden]` or `[row, hidden]`) of vector `i`, and `i.strength` (`[row]`) where it has one a row.
+    """
+    from safetensors.torch import save_file
+
+    vectors = [
+        {k: getattr(v, k) for k in _PLAIN} | ({} if isinstance(v.strength, tuple) else {"strength": v.strength})
+        for v in header.vectors
+    ]
+    plan = {
+        "format_version": VERSION,
+        "target": header.target,
+        "vectors": vectors,
+        "info": {"versions": library_versions(), **header.info},
+    }
+    about = {"format": FORMAT, "plan": json.dumps(plan)}
+    return whole_file(path, lambda to: save_file(dict(tensors), to, metadata=about))
+
+
+def read_plan(path: str | Path) -> tuple[PlanHeader, dict[str, Tensor]]:
+    """Header and tensors of what `write_plan` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no plan, or of a newer format.
+    """
+    return _read(path, "pt", lambda name: True)
+
+
+def read_header(path: str | Path) -> PlanHeader:
+    """The header of what `write_plan` wrote; needs no torch.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no plan, or of a newer format.
+    """
+    return _read(path, "numpy", lambda name: name.endswith(".strength"))[0]
+
+
+def _read(path: str | Path, framework: str, wanted: Any) -> tuple[PlanHeader, dict[str, Any]]:
+    """The header, and those tensors whose name is `wanted`."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"No plan at {path}.")
+    try:
+        with safe_open(path, framework=framework) as file:
+            meta = file.metadata() or {}
+            shapes = {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+            tensors = {k: file.get_tensor(k) for k in shapes if wanted(k)}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or a damaged one ({error}).") from None
+    if meta.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} holds no steering plan (its header says format={meta.get('format')!r}, not {FORMAT!r})."
+        )
+    plan = json.loads(meta["plan"])
+    if plan["format_version"] > VERSION:
+        raise ValueError(
+            f"{path} has plan format {plan['format_version']}, newer than {VERSION}: upgrade expertsteer_nnsight."
+        )
+    vectors = []
+    for i, v in enumerate(plan["vectors"]):
+        by_row = tensors.get(f"{i}.strength")
+        shape = shapes[f"{i}.direction"]
+        vectors.append(
+            VectorHeader(
+                **{k: v[k] for k in _PLAIN},
+                strength=v["strength"] if by_row is None else tuple(by_row.tolist()),
+                rows=shape[0] if len(shape) == 2 else None if by_row is None else len(by_row),
+            )
+        )
+    return PlanHeader(plan["target"], tuple(vectors), plan["info"]), tensors

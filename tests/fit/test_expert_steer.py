@@ -1,0 +1,217 @@
+"""The estimator of the four steps: on planted states, on tiny models, and on the real pair."""
+
+from __future__ import annotations
+
+import nnsight
+import pytest
+import torch
+from planted import GENERAL, PAIRS, cosine, planted, shifted
+from sklearn.base import clone
+from tiny import PROMPTS, build, tiny
+
+import expertsteer_nnsight as es
+from expertsteer_nnsight.models.identity import ModelIdentity
+from expertsteer_nnsight.texts.labelled import LabelledTexts
+from expertsteer_nnsight.texts.texts import texts_hash
+
+
+@pytest.mark.parametrize("direction", ["mean_difference", "rfm", "lda", "logistic"])
+@pytest.mark.parametrize("space", ["expert", "target"])
+def test_a_planted_concept_is_carried_over(direction, space):
+    labelled, y, e, t, truth = planted()
+    kind = "pattern" if direction != "mean_difference" else None
+    steer = es.ExpertSteer(es.RidgeAligner(), layers=[(1, 2), (2, 1)], direction=direction, kind=kind, space=space)
+    plan = steer.fit_activations(labelled, y, e, t)
+    assert plan.layers == (1, 2)
+    for v in plan.vectors:
+        assert cosine(v.direction, truth[v.layer]) > 0.9
+        assert v.residual_norm == t.norm(v.layer) and v.strength == pytest.approx(0.3 / 2**0.5)
+    assert plan.info["pairs"][0]["held_out_r2"] > 0.9
+
+
+def test_the_readouts_covariance_needs_no_map():
+    labelled, y, e, t, truth = planted(2000)
+    plan = es.ExpertSteer.in_domain(layers=[(1, 2)]).fit_activations(labelled, y, e, t)
+    assert cosine(plan.vectors[0].direction, truth[2]) > 0.9
+
+
+def test_an_auto_encoder_carries_nothing_over():
+    labelled, y, e, t, truth = planted()
+    found = [
+        cosine(
+            es.ExpertSteer.paper(layers=[(1, 2)], random_state=s)
+            .fit_activations(labelled, y, e, t)
+            .vectors[0]
+            .direction,
+            truth[2],
+        )
+        for s in range(5)
+    ]
+    assert abs(sum(found) / 5) < 0.5 and max(found) - min(found) > 0.2
+
+
+def test_layers_are_chosen_by_score_and_band():
+    labelled, y, e, t, _ = planted()
+    steer = es.ExpertSteer(score="cka", n_pairs=2, band=(0.3, 0.7)).set_params(select="highest")
+    steer.fit_activations(labelled, y, e, t)
+    assert steer.scores_ is not None and {p.target for p in steer.pairs_} == {1, 2} == {
+        p.expert for p in steer.pairs_
+    } | {1, 2}
+    best = steer.scores_.pairs(k=2, select="highest", per="target", band=(0.3, 0.7))
+    assert steer.pairs_ == best
+
+
+def test_presets_are_estimators():
+    for preset in (es.ExpertSteer.recommended, es.ExpertSteer.paper, es.ExpertSteer.in_domain):
+        steer = preset(n_pairs=2)
+        assert clone(steer).get_params(deep=False)["n_pairs"] == 2 and "ExpertSteer(" in repr(steer)
+    assert isinstance(es.ExpertSteer.paper().aligner, es.AutoencoderAligner)
+    assert es.ExpertSteer.recommended().aligner.whiten  # at equal widths too
+
+
+def test_fit_reads_two_models_and_the_plan_steers(tmp_path):
+    expert, target = tiny("gemma3", bos=True), tiny("llama")
+    steer = es.ExpertSteer(score="cka", n_pairs=2, band=(0.0, 1.0), strength=0.5)
+    plan = steer.fit(expert, target, PAIRS, GENERAL, cache=tmp_path, progress=False)
+    again = clone(steer).fit(expert, target, PAIRS, GENERAL, cache=tmp_path, progress=False)
+    assert all(torch.equal(a.direction, b.direction) for a, b in zip(plan.vectors, again.vectors, strict=True))
+    assert plan.target == ModelIdentity.of(target) and plan.info["expert"]["n_layers"] == 4
+    assert plan.info["data"] == {
+        "labels": "pairs",
+        "labelled": 72,
+        "labelled_hash": texts_hash(t for pair in PAIRS for t in pair),
+        "anchors": 80,
+        "anchors_hash": texts_hash(GENERAL),
+        "anchors_labelled": 0,
+    }
+    with torch.no_grad(), plan.attach(target).trace(PROMPTS) as _:
+        steered = nnsight.save(target.output.logits)
+    assert torch.isfinite(steered).all()
+    loaded = es.SteeringPlan.load(plan.save(tmp_path / "plan.safetensors"))
+    assert loaded.info["pairs"] == plan.info["pairs"]
+
+
+def test_a_shallow_model_gets_as_many_pairs_as_its_band_holds():
+    labelled, y, e, t, _ = planted()
+    for select in ("highest", "lowest"):
+        steer = es.ExpertSteer.recommended(band=(0.0, 1.0), n_pairs=9, select=select)
+        assert len(steer.fit_activations(labelled, y, e, t).vectors) == len(t.layers)
+    with pytest.raises(ValueError, match="n_pairs is 0"):
+        es.ExpertSteer(n_pairs=0).fit_activations(labelled, y, e, t)
+
+
+def test_layers_that_a_model_lacks_are_told_before_it_is_read():
+    with pytest.raises(ValueError, match=r"pair \(1, 9\) was asked for, but the target gpt2 has layers 0 to 3"):
+        es.ExpertSteer(layers=[(1, 9)]).fit(tiny("llama"), tiny("gpt2"), PAIRS, GENERAL)
+
+
+def test_labelled_texts_among_the_anchors_are_warned_of_and_counted():
+    anchors = [*GENERAL, PAIRS[0][0].upper(), f"They say {PAIRS[3][1]}."]
+    steer = es.ExpertSteer(layers=[(1, 2)])
+    with pytest.warns(UserWarning, match=r"2 of the 82 anchors are labelled texts too, or nearly .*: take them out\."):
+        plan = steer.fit(tiny("llama"), tiny("gpt2"), PAIRS, anchors, progress=False)
+    assert plan.info["data"]["anchors_labelled"] == 2
+    assert es.SteeringPlan(plan.vectors, info=plan.info).layers == (2,)
+
+
+def test_fit_takes_labelled_texts_of_any_kind():
+    expert, target, flat = tiny("llama"), tiny("gpt2"), [t for pair in PAIRS for t in pair]
+    steer = es.ExpertSteer(layers=[(1, 2)])
+    plan = steer.fit(expert, target, PAIRS, GENERAL, progress=False)
+    given = LabelledTexts(flat, [5, -2] * 36, [i // 2 for i in range(72)], source="judge")
+    same = clone(steer).fit(expert, target, given, GENERAL, progress=False)
+    torch.testing.assert_close(same.vectors[0].direction, plan.vectors[0].direction)
+    assert same.info["data"] == {**plan.info["data"], "labels": "judge"}
+    unequal = LabelledTexts.of_classes([p for p, _ in PAIRS], [n for _, n in PAIRS[:20]])
+    assert clone(steer).fit(expert, target, unequal, GENERAL, progress=False).info["data"]["labelled"] == 56
+
+
+@pytest.mark.parametrize("direction", ["mean_difference", "rfm"])
+def test_real_labels_find_the_direction_that_they_grow_along(direction):
+    expert, texts = tiny("llama"), [t for pair in PAIRS for t in pair]
+    states = es.collect(expert, texts, [2], progress=False)[2].double()
+    truth = torch.linalg.svd(states - states.mean(0), full_matrices=False).Vh[0]
+    margin = (states - states.mean(0)) @ truth
+    steer = es.ExpertSteer(es.IdentityAligner(), layers=[(2, 2)], direction=direction)
+    kind = {"kind": "pattern"} if direction == "rfm" else {}
+    steer.set_params(**kind)
+    plan = steer.fit(expert, tiny("gpt2"), LabelledTexts(texts, margin), GENERAL, progress=False)
+    assert cosine(plan.vectors[0].direction, truth) > 0.95
+    assert plan.info["data"]["labels"] == "real" and plan.info["pairs"][0]["held_out_correlation"] > 0.5
+    opposite = steer.fit(expert, tiny("gpt2"), LabelledTexts(texts, -margin), GENERAL, progress=False)
+    assert cosine(opposite.vectors[0].direction, plan.vectors[0].direction) < -0.99
+
+
+@pytest.mark.parametrize("direction", ["mean_difference", "pca"])
+def test_expert_minus_base_recovers_what_the_expert_was_given(direction):
+    base = tiny("gpt2")
+    by = torch.randn(32, generator=torch.Generator().manual_seed(3))
+    expert, texts = shifted(base, 1, by), [p for p, _ in PAIRS]
+    steer = es.ExpertSteer(es.IdentityAligner(), layers=[(1, 2)], direction=direction)
+    plan = steer.fit(expert, base, texts, [*GENERAL, *texts[:3]], base=base, progress=False)  # and no warning
+    assert cosine(plan.vectors[0].direction, by) > 0.9999
+    assert plan.info["base"] == ModelIdentity.of(base).to_dict() and plan.info["expert"]["n_layers"] == 4
+    data = plan.info["data"]
+    assert (data["labels"], data["labelled"], data["anchors_labelled"]) == ("expert_minus_base", 36, 0)
+    assert data["labelled_hash"] == texts_hash(texts)
+
+
+@pytest.mark.parametrize("direction", ["rfm", "lda", "logistic"])
+def test_other_methods_tell_the_expert_from_its_base(direction):
+    base, texts = tiny("gpt2"), [p for p, _ in PAIRS]
+    expert = shifted(base, 1, torch.randn(32, generator=torch.Generator().manual_seed(3)))
+    steer = es.ExpertSteer(layers=[(1, 2)], direction=direction)
+    plan = steer.fit(expert, tiny("llama"), texts, GENERAL, base=base, progress=False)
+    assert plan.info["pairs"][0]["held_out_auc"] > 0.95
+    X = torch.cat([es.collect(m, texts, [1], progress=False)[1] for m in (expert, base)])
+    assert steer.directions_[0].auc(X, [1] * 36 + [0] * 36) > 0.95
+
+
+def test_a_base_model_must_fit_and_takes_plain_texts():
+    expert, texts = tiny("gpt2"), [p for p, _ in PAIRS]
+    with pytest.raises(
+        ValueError, match=r"base model gpt2 \(3 layers, width 32\) and the expert gpt2 \(4 layers, .* shape"
+    ):
+        es.ExpertSteer().fit(expert, tiny("llama"), texts, GENERAL, base=build("gpt2", n_layer=3))
+    for pairs in (es.ContrastPairs.of(PAIRS), LabelledTexts.of(PAIRS)):
+        with pytest.raises(ValueError, match=r"the models are the labels: pass plain texts"):
+            es.ExpertSteer().fit(expert, tiny("llama"), pairs, GENERAL, base=expert)
+
+
+def test_public_names_are_few_and_all_there():
+    assert len(es.__all__) <= 30 and all(getattr(es, name) is not None for name in es.__all__)
+    assert set(es.__all__) <= set(dir(es))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        es.nothing  # noqa: B018
+
+
+def test_a_sweep_takes_the_layers_that_steer_best_on_validation_items():
+    from expertsteer_nnsight.fit.layer_sweep import Validation
+    from expertsteer_nnsight.measure.effects import Words
+    from expertsteer_nnsight.measure.measuring import measure
+    from expertsteer_nnsight.steering.plan import SteeringPlan
+
+    expert, target = tiny("gpt2"), tiny("llama")
+    pairs = [(f"{a} dog", f"{a} test") for a in ("the lazy", "a quick", "this", "one small", "hello", "over the")]
+    anchors = [
+        f"{a} {b} {c}"
+        for a in ("the", "a", "this")
+        for b in ("quick", "lazy", "small")
+        for c in ("fox", "world", "model")
+    ]
+    validation = Validation(Words(["the quick", "a lazy", "hello"], ["dog"], ["test"]), PROMPTS, 0.05, 4)
+    steer = es.ExpertSteer.recommended(select="sweep", n_pairs=2, band=(0.0, 1.0))
+    with pytest.raises(ValueError, match="needs fit"):
+        steer.fit(expert, target, pairs, anchors, progress=False)
+    plan = steer.fit(expert, target, pairs, anchors, validation=validation, progress=False)
+    assert len(steer.sweep_) == 4 and [e for _, e in steer.sweep_] == sorted((e for _, e in steer.sweep_), reverse=True)
+    assert set(plan.layers) == {p.target for p, _ in steer.sweep_[:2]}
+    # what a candidate's effect is told to be, it is
+    best = steer.sweep_[0][0]
+    one = es.ExpertSteer.recommended(layers=[(best.expert, best.target)]).fit(
+        expert, target, pairs, anchors, progress=False
+    )
+    again = measure(
+        target, {"one": SteeringPlan(one.vectors)}, validation.effect, PROMPTS, 0.05, rollout=4, progress=False
+    )
+    assert again.arms["one"]["effect"] == pytest.approx(steer.sweep_[0][1], rel=0.1)
