@@ -1,8 +1,8 @@
-"""What `import expertsteer_nnsight` costs beside `import nnsight`.
+"""What it costs to import the package, and to start its command line.
 
     python -m benchmarks.imports
 
-Both in new processes, in turns; medians of user and system time.
+Each in new processes, in turns; medians of user and system time.
 """
 
 from __future__ import annotations
@@ -13,25 +13,30 @@ import subprocess
 import sys
 
 RUNS = 15
+CASES = {
+    "import nnsight": ["-c", "import nnsight"],
+    "import expertsteer_nnsight": ["-c", "import expertsteer_nnsight"],
+    "from expertsteer_nnsight import SteeringPlan": ["-c", "from expertsteer_nnsight import SteeringPlan"],
+    "expertsteer --help": ["-m", "expertsteer_nnsight.cli", "--help"],
+}
 
 
-def seconds(module: str) -> float:
-    """CPU time of a process that imports a module."""
+def seconds(arguments: list[str]) -> float:
+    """CPU time of a Python process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {module}"], check=True)
+    subprocess.run([sys.executable, "-W", "ignore", *arguments], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
-    """Prints both medians and the ratio."""
-    names = ("nnsight", "expertsteer_nnsight")
-    for name in names:
-        seconds(name)  # files that are read for the first time
-    found = [[seconds(name) for name in names] for _ in range(RUNS)]
-    base, mine = (statistics.median(column) for column in zip(*found, strict=True))
-    ratio = statistics.median(b / a for a, b in found)
-    print(f"nnsight {base:.2f} s, expertsteer_nnsight {mine:.2f} s, ratio {ratio:.2f} (median of {RUNS})")
+    """Prints the median of each case, and its ratio to nnsight's own import."""
+    for arguments in CASES.values():
+        seconds(arguments)  # files that are read for the first time
+    found = [[seconds(arguments) for arguments in CASES.values()] for _ in range(RUNS)]
+    for name, column in zip(CASES, zip(*found, strict=True), strict=True):
+        ratio = statistics.median(mine / row[0] for mine, row in zip(column, found, strict=True))
+        print(f"{name:<46}{statistics.median(column):>6.2f} s, ratio {ratio:.2f} (median of {RUNS})")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 import expertsteer_nnsight as es
@@ -201,3 +202,33 @@ def test_it_is_installed_as_a_command():
         [sys.executable, "-m", "expertsteer_nnsight.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert all(name in found.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["fit", "--help"], ["info", "PLAN"], ["info", "--json", "PLAN"]],
+    ids=" ".join,
+)
+def test_what_needs_no_model_imports_neither_torch_nor_nnsight(arguments, tmp_path):
+    v = es.SteeringVector(1, torch.ones(2, 4), torch.tensor([0.5, -1.0]), 2.0)
+    receipt = es.Receipt({}, {"nll": 2.0}, 1.0, "nats").to_dict()
+    plan = es.SteeringPlan([v], info={"receipt": receipt}).save(tmp_path / "plan.safetensors")
+    code = """
+import atexit, sys
+from expertsteer_nnsight.cli import main
+atexit.register(lambda: print(sorted({"torch", "nnsight", "transformers", "scipy", "sklearn"} & set(sys.modules))))
+main()
+"""
+    command = [sys.executable, "-c", code, *(str(plan) if a == "PLAN" else a for a in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    told = done.stdout.rstrip().splitlines()
+    assert told.pop() == "[]" and told
+    if arguments[0] == "--version":
+        assert told == [f"expertsteer_nnsight {es.__version__}"]
+    if arguments == ["info", "PLAN"]:
+        assert (
+            "\n".join(told).startswith(repr(es.SteeringPlan.load(plan)))
+            and "add per row residual norms (of 2)" in told[1]
+        )
+    if arguments == ["info", "--json", "PLAN"]:
+        assert json.loads("\n".join(told))["vectors"][0]["strength"] == [0.5, -1.0]

@@ -15,6 +15,7 @@ from expertsteer_nnsight.models.identity import ModelIdentity
 from expertsteer_nnsight.models.positions import Positions, prefix_ids
 from expertsteer_nnsight.models.residual import Residual
 from expertsteer_nnsight.steering.plan import SteeringPlan
+from expertsteer_nnsight.steering.plan_file import read_header
 from expertsteer_nnsight.steering.vectors import SteeringVector
 
 
@@ -492,3 +493,19 @@ def test_a_folder_is_no_file_to_write(tmp_path):
     with pytest.raises(ValueError, match="is a folder: name a file in it"):
         SteeringPlan([SteeringVector(1, torch.ones(4))]).save(tmp_path)
     assert not list(tmp_path.parent.glob(f"{tmp_path.name}*.partial"))
+
+
+@pytest.mark.parametrize("target", [None, "model"])
+def test_a_header_read_alone_is_the_plans_own(target, tmp_path):
+    target = ModelIdentity("org/name", "main", 32, 4, "llama") if target else None
+    rows = SteeringVector(2, torch.stack([direction(1), direction(2)]), torch.tensor([0.25, -2.0]), 3.0, where="prompt")
+    by_direction = SteeringVector(3, torch.stack([direction(1), direction(2)]), 0.5, op="clamp")
+    late = SteeringVector(1, direction(3), 0.1, 2.5, "project_out", "completion", 2, False)
+    for vectors in ([late, rows, by_direction], [late, vector(2)]):
+        plan = SteeringPlan(vectors, target, {"expert": {"id": "x"}, "pairs": [{"held_out_r2": 0.01}]})
+        found = read_header(plan.save(tmp_path / "plan.safetensors"))
+        loaded = SteeringPlan.load(tmp_path / "plan.safetensors")
+        assert found == loaded.header and str(found) == repr(loaded)
+        assert found.vectors == plan.header.vectors and found.target == plan.header.target
+        assert str(found).startswith(f"SteeringPlan for {target or 'any model'}")
+        assert [v.rows for v in found.vectors] == [v.rows for v in plan.vectors]
