@@ -100,7 +100,8 @@ def test_generate_steers_by_dose(place, plan, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("expertsteer_nnsight.measure.rollouts.completions", lambda model, made: [""])
         assert "(The model ended the text at once: --chat asks it as a user.)" in run(*alone)
-    # the plan's own target, which is a folder's name and no id of the hub
+    # the plan's own target, which is a folder's name and no id of the hub; without a network the hub is tried for long
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     run("generate", plan, "a dog", fails="'target' is no folder and no packaged model .*, and the hub did not give it")
 
 

@@ -13,6 +13,7 @@ import tiny
 from lm_eval import evaluator
 from question_sets import write_sets
 
+from expertsteer_nnsight.interop import _continuations
 from expertsteer_nnsight.models.packaged import load
 from recipes import four_domains
 from recipes.domain_settings import SCALES, Domain
@@ -38,7 +39,7 @@ ARMS = {
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """A run on random models and a set of forty questions."""
+    """A run on random models and a set of thirty questions."""
     out = tmp_path_factory.mktemp("four")
     for name, arch, seed in (("expert", "neox", 1), ("target", "llama", 2)):
         # deep enough for the bands of the presets to differ
@@ -49,13 +50,15 @@ def command(tmp_path_factory):
     return [
         "--data", str(data), "--domains", "medical", "--tasks", "local_medmcqa", "--expert", str(out / "expert"), "--target",
         str(out / "target"), "--out", str(out / "run"), "--anchors", "40", "--untrained", "2", "--draws", "2", "--doses", "0.5",
-        "1", "--kl", "0.1", "--validation", "12",
+        "1", "--kl", "0.1", "--validation", "12", "--batch-size", "128", "--limit", "30",
     ]  # fmt: skip
 
 
 def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
     out = Path(command[command.index("--out") + 1])
     asked, evaluate = [], evaluator.evaluate
+    # contexts of a few tokens are read with their options: the same numbers (test_lm_eval) in a fraction of the forwards
+    monkeypatch.setitem(_continuations.WORTH, "cpu", 10**9)
 
     def spy(lm, tasks, **options):
         asked.append((lm.model.config.model_type, options["system_instruction"]))

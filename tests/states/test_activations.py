@@ -392,18 +392,34 @@ def test_functions_that_choose_the_same_tokens_share_a_cache(tmp_path):
 
 def test_processes_share_a_new_cache(tmp_path):
     code = """
-import sys
+import os, sys
 sys.path.insert(0, sys.argv[2])
-import tiny, torch, warnings
-from expertsteer_nnsight import collect, example
+import torch
 torch.set_num_threads(1)
-print(float(collect(tiny.build(), example("general")[:60], cache=sys.argv[1], shard_size=2, batch_size=2, progress=False)[1].sum()))
+import tiny
+from expertsteer_nnsight import collect, example
+model, texts = tiny.build(), example("general")[:60]
+for n in range(4):
+    out, into = os.pipe()
+    children = []
+    for _ in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                found = collect(model, texts, cache=f"{sys.argv[1]}/{n}", shard_size=2, batch_size=2, progress=False)
+                os.write(into, f"{float(found[1].sum())!r} ".encode())
+                os._exit(0)
+            finally:
+                os._exit(1)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    print(*codes, os.read(out, 1000).decode())
 """
-    for n in range(2):
-        command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / str(n)), str(HELPERS)]
-        both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
-        sums = [process.communicate()[0] for process in both]
-        assert [process.returncode for process in both] == [0, 0] and sums[0] == sums[1]
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), str(HELPERS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rounds = [line.split() for line in done.stdout.splitlines()]
+    assert len(rounds) == 4
+    for first, second, one, other in rounds:
+        assert (first, second) == ("0", "0") and one == other, done.stderr
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -100,9 +100,9 @@ def test_one_forward_equals_a_hook(arch, op, where, batch):
 def test_generation_equals_a_hook(arch, op, where, batch):
     model, prompts = tiny(arch), PROMPTS[:batch]
     plan = SteeringPlan(vectors(op=op, where=where))
-    expected = hooked(model, prompts, plan, where, new_tokens=20)
-    assert torch.equal(generated(model, prompts, plan, 20), expected)
+    expected = hooked(model, prompts, plan, where, new_tokens=10)
+    assert torch.equal(generated(model, prompts, plan, 10), expected)
     steered = plan.attach(model)
-    with torch.no_grad(), steered.generate(prompts, max_new_tokens=20, do_sample=False, pad_token_id=0) as tracer:
+    with torch.no_grad(), steered.generate(prompts, max_new_tokens=10, do_sample=False, pad_token_id=0) as tracer:
         ids = nnsight.save(tracer.result)
     assert torch.equal(ids, expected)
