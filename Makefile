@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export EXPERTSTEER_CACHE ?= $(HOME)/.cache/expertsteer_nnsight
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# tests start many processes: with compiled modules kept, each saves a second or more
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 NDIF := build/ndif
 NDIF_SERVER := $(NDIF)/server/bin/python
 

@@ -55,9 +55,9 @@ def test_real_models_have_the_numbers_of_hf(name, tasks):
     for task in TASKS:
         found = {}
         for arm, steering in (("unsteered", None), ("steered", plan)):
-            _, mine, accuracies = evaluated(SteeredLM(model, steering, batch_size=8), tasks, task, 6)
+            _, mine, accuracies = evaluated(SteeredLM(model, steering, batch_size=8), tasks, task, 4)
             with tiny.hooks(es.Residual(model).layers._module, {} if steering is None else edits):
-                _, known, theirs = evaluated(hf, tasks, task, 6)
+                _, known, theirs = evaluated(hf, tasks, task, 4)
             assert mine == pytest.approx(known, abs=1e-3) and accuracies == theirs
             found[arm] = mine
         assert max(abs(a - b) for a, b in zip(*found.values(), strict=True)) > 0.5

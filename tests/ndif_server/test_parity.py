@@ -219,7 +219,7 @@ def test_a_users_own_error_shows_their_line(models):
         far.model.layers[3].output[:, 9999]  # the line to be shown
     told = str(caught.value)
     assert "far.model.layers[3].output[:, 9999]" in told
-    assert __file__ in told and "steering.py" not in told
+    assert __file__ in told and "plan.py" not in told
 
 
 def test_costs_effects_and_calibration_are_the_local_ones(models):
