@@ -1,4 +1,4 @@
-"""What `import expertsteer_nnsight` brings with it: no more than nnsight, until a part is used."""
+"""What `import expertsteer_nnsight` brings with it: cloudpickle alone, until a part is used."""
 
 from __future__ import annotations
 

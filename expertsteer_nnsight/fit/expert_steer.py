@@ -62,7 +62,7 @@ class ExpertSteer(BaseEstimator):
         kind: "gradient" or "pattern" for methods that find a covector; None for their own.
         space: "expert": find the direction in the expert's states, then map it; "target": map the states, then find it.
         position: which token's state stands for a text.
-        anchor_ends: at how many further places of each anchor both models are read, for the map (`word_ends`); with
+        anchor_ends: at how many further places of each anchor both models are read, for the map (`texts.word_ends`); with
             `position="last"` only. Layers are matched on whole texts.
         strength: total strength in residual norms; each of k layers gets strength / sqrt(k).
         op: what the vectors do (`SteeringVector`).
@@ -340,7 +340,7 @@ class ExpertSteer(BaseEstimator):
             anchors,
             kept,
             cache,
-            layers=self.wanted_layers(*(ModelIdentity.of(models[side][0]) for side in ("expert", "target"))),
+            layers=self.wanted_layers,
             position=self.position,
             anchor_ends=self.anchor_ends if self.position == "last" else 0,
             random_state=self.random_state,

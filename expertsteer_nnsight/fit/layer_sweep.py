@@ -25,7 +25,7 @@ class Validation:
 
     Attributes:
         effect: with items that serve for nothing else.
-        neutral: prompts for the KL (`calibration.neutral_tokens`).
+        neutral: prompts for the KL (`measure.calibration.neutral_tokens`).
         kl_budget: nats.
         rollout: new tokens of each neutral prompt's continuation.
         rows: plans a forward.

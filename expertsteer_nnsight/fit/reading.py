@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Reading:
         anchors: the unlabelled texts.
         kept: what is in it is not read again; it is added to.
         cache: folder with a folder for each model and set of texts.
-        layers: those of the expert, and those of the target.
+        layers: from the identities of expert and target to the layers that are read of either.
         position: which token's state stands for a text.
         anchor_ends: at how many further shared token ends an anchor is read.
         random_state: seed of the choice of these.
@@ -48,7 +49,7 @@ class Reading:
         kept: dict[Any, Activations],
         cache: str | Path | None,
         *,
-        layers: tuple[list[int], list[int]],
+        layers: Callable[[ModelIdentity, ModelIdentity], tuple[list[int], list[int]]],
         position: Position,
         anchor_ends: int,
         random_state: int,
@@ -71,7 +72,8 @@ class Reading:
             n = len(self.texts)
             labels, groups = [1] * n + [0] * n, [*range(n)] * 2
             self.labelled = LabelledTexts(self.texts * 2, labels, groups, "expert_minus_base")
-        self.anchors, self.position, self.layers = as_texts(anchors), position, layers
+        self.anchors, self.position = as_texts(anchors), position
+        self.layers = layers(expert, ModelIdentity.of(models["target"][0]))
         known = [(t, len(prefix_ids(t))) for t in (tokenizer_of(models[name][0]) for name in ("expert", "target"))]
         self.ends = shared_ends(self.anchors, known, anchor_ends, random_state) if anchor_ends else None
 

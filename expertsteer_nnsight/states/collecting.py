@@ -65,7 +65,7 @@ def collect(
         cache: folder for shards. What an interrupted call finished there is not run again. One that holds further layers will do.
         shard_size: texts a shard, at least; a remote request is a shard of its own.
         dtype: of the stored states; the model's own if None. A remote model's are converted before they travel.
-        ends: for each text, character offsets at which a token ends (`word_ends.shared_ends`): further rows, before that of
+        ends: for each text, character offsets at which a token ends (`texts.word_ends.shared_ends`): further rows, before that of
             `position`, with the states there.
         remote: True, "http://...", or a `Remote`: run on NDIF. Without `cache` what came back is kept in the user's cache
             folder until the call succeeds, so that a call that failed goes on where it stopped when it is made again.

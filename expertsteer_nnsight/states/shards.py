@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..files import cache_folder
 
-_log = logging.getLogger(__package__)
+_log = logging.getLogger("expertsteer_nnsight")
 _MANIFEST = "manifest.json"
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+OPERATIONS = ("add", "add_keep_norm", "project_out", "clamp")
+WHERE = ("all", "prompt", "completion")
 WEAK_R2 = 0.05  # of the variance: below it an aligner tells next to nothing
 
 
@@ -23,6 +25,9 @@ class VectorHeader:
         strength: a number, or one for each row.
         rows: how many rows a batch must have, or None where every row gets the same.
         layer, residual_norm, op, where, from_step, skip_special: as in `SteeringVector`.
+
+    Raises:
+        ValueError: a strength that is not finite, a norm that is not positive, unknown op or where, a negative layer.
     """
 
     layer: int
@@ -33,6 +38,23 @@ class VectorHeader:
     from_step: int
     skip_special: bool
     rows: int | None = None
+
+    def __post_init__(self) -> None:
+        strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
+        if not all(map(math.isfinite, strengths)):
+            raise ValueError(f"The strength of layer {self.layer} is {self.strength}: it must be finite.")
+        if self.residual_norm is not None and not 0 < self.residual_norm < math.inf:
+            raise ValueError(f"residual_norm must be a positive number, got {self.residual_norm}.")
+        if self.layer < 0:
+            raise ValueError(f"Layers count from 0, got {self.layer}: use Residual(model).index({self.layer}).")
+        if self.op not in OPERATIONS:
+            raise ValueError(f"Unknown op {self.op!r}: choose one of {', '.join(OPERATIONS)}.")
+        if self.where not in WHERE:
+            raise ValueError(f"Unknown where {self.where!r}: choose one of {', '.join(WHERE)}.")
+        if self.from_step and (self.where != "completion" or self.from_step < 0):
+            raise ValueError(
+                f'from_step={self.from_step} counts new tokens: it needs where="completion" and must be >= 0.'
+            )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..models.identity import ModelIdentity
 from ..models.positions import Positions, prefix_of
 from ..models.residual import Residual
 from ..models.tracing import batch_rows, current_step, every_step, in_step, invoke_rows, passed, pin
-from .header import PlanHeader, VectorHeader
+from .header import PlanHeader
 from .vectors import SteeringVector, needs_positions
 
 
@@ -91,19 +91,7 @@ class SteeringPlan:
     @property
     def header(self) -> PlanHeader:
         """All but the directions: what a plan prints, and the header of its file."""
-        vectors = tuple(
-            VectorHeader(
-                v.layer,
-                tuple(v.strength.tolist()) if isinstance(v.strength, Tensor) else float(v.strength),
-                v.residual_norm,
-                v.op,
-                v.where,
-                v.from_step,
-                v.skip_special,
-                v.rows,
-            )
-            for v in self.vectors
-        )
+        vectors = tuple(v.header for v in self.vectors)
         return PlanHeader(self.target.to_dict() if self.target else None, vectors, self.info)
 
     @property
@@ -128,7 +116,7 @@ class SteeringPlan:
     def with_(self, **changes: Any) -> SteeringPlan:
         """The same plan with fields of every vector changed: `plan.with_(strength=0.3, where="completion")`.
 
-        A strength is that of each vector; `with_total` of this module sets the total.
+        A strength is that of each vector; `steering.plan.with_total` sets the total.
 
         Raises:
             ValueError: a layer or residual norm for a plan of several layers.
@@ -246,7 +234,7 @@ class SteeringPlan:
 
     def save(self, path: str | Path) -> Path:
         """Writes one `.safetensors` file: the tensors, and a JSON header with everything else."""
-        from .plan_file import write_plan
+        from .plan_file import write_plan  # not at the top: safetensors must not travel with a plan
 
         # vectors may share memory, which the format refuses
         tensors = {f"{i}.direction": v.direction.clone() for i, v in enumerate(self.vectors)}
@@ -268,14 +256,14 @@ class SteeringPlan:
         header, tensors = read_plan(path)
         vectors = tuple(
             SteeringVector(
-                v.layer,
-                tensors[f"{i}.direction"],
-                tensors[f"{i}.strength"] if isinstance(v.strength, tuple) else v.strength,
-                v.residual_norm,
-                v.op,
-                v.where,
-                v.from_step,
-                v.skip_special,
+                layer=v.layer,
+                direction=tensors[f"{i}.direction"],
+                strength=tensors[f"{i}.strength"] if isinstance(v.strength, tuple) else v.strength,
+                residual_norm=v.residual_norm,
+                op=v.op,
+                where=v.where,
+                from_step=v.from_step,
+                skip_special=v.skip_special,
             )
             for i, v in enumerate(header.vectors)
         )

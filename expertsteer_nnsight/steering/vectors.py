@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.positions import WHERE
 from ..numeric import unit
+from .header import VectorHeader
 
 
 def _add(h: Tensor, v: Tensor, size: Tensor) -> Tensor:
@@ -84,24 +84,26 @@ class SteeringVector:
             strength = torch.as_tensor(strength, dtype=torch.float32).detach()
             strength = strength.item() if strength.ndim == 0 else strength
         set_(self, "strength", strength if isinstance(strength, Tensor) else float(strength))
-        if not torch.isfinite(torch.as_tensor(self.strength)).all():
-            raise ValueError(f"The strength of layer {self.layer} is {strength}: it must be finite.")
-        if self.residual_norm is not None and not 0 < self.residual_norm < float("inf"):
-            raise ValueError(f"residual_norm must be a positive number, got {self.residual_norm}.")
-        if self.layer < 0:
-            raise ValueError(f"Layers count from 0, got {self.layer}: use Residual(model).index({self.layer}).")
-        if self.op not in OPS:
-            raise ValueError(f"Unknown op {self.op!r}: choose one of {', '.join(OPS)}.")
-        if self.where not in WHERE:
-            raise ValueError(f"Unknown where {self.where!r}: choose one of {', '.join(WHERE)}.")
-        if self.from_step and (self.where != "completion" or self.from_step < 0):
-            raise ValueError(
-                f'from_step={self.from_step} counts new tokens: it needs where="completion" and must be >= 0.'
-            )
         if self.rows == -1:
             raise ValueError(
                 f"{len(self.direction)} directions but {torch.as_tensor(self.strength).numel()} strengths at layer {self.layer}."
             )
+        _ = self.header  # which checks the rest
+
+    @property
+    def header(self) -> VectorHeader:
+        """All but the direction, in plain values."""
+        strength = self.strength
+        return VectorHeader(
+            layer=self.layer,
+            strength=tuple(strength.tolist()) if isinstance(strength, Tensor) else float(strength),
+            residual_norm=self.residual_norm,
+            op=self.op,
+            where=self.where,
+            from_step=self.from_step,
+            skip_special=self.skip_special,
+            rows=self.rows,
+        )
 
     @property
     def rows(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import nnsight
@@ -9,14 +10,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import PROMPTS, build, hooks, tiny
 
+from expertsteer_nnsight.models import positions
 from expertsteer_nnsight.models.identity import ModelIdentity
 from expertsteer_nnsight.models.positions import Positions, prefix_ids
 from expertsteer_nnsight.models.residual import Residual
+from expertsteer_nnsight.steering import header
 from expertsteer_nnsight.steering.plan import SteeringPlan
 from expertsteer_nnsight.steering.plan_file import read_header
-from expertsteer_nnsight.steering.vectors import SteeringVector
+from expertsteer_nnsight.steering.vectors import OPS, SteeringVector
 
 
 def direction(seed=0, rows=None):
@@ -509,3 +514,18 @@ def test_a_header_read_alone_is_the_plans_own(target, tmp_path):
         assert found.vectors == plan.header.vectors and found.target == plan.header.target
         assert str(found).startswith(f"SteeringPlan for {target or 'any model'}")
         assert [v.rows for v in found.vectors] == [v.rows for v in plan.vectors]
+
+
+def test_a_header_knows_what_a_vector_may_be(tmp_path):
+    assert tuple(OPS) == header.OPERATIONS and positions.WHERE == header.WHERE
+    path = single(vector()).save(tmp_path / "plan.safetensors")
+    with safe_open(path, framework="pt") as file:
+        meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - no mapping
+    plan = json.loads(meta["plan"])
+    wrong = {"op": "nonsense", "where": "nowhere", "layer": -1, "strength": float("nan"), "residual_norm": -2.0}
+    for name, value in wrong.items():
+        changed = {**plan, "vectors": [{**plan["vectors"][0], name: value}]}
+        save_file(tensors, path, {**meta, "plan": json.dumps(changed)})
+        for read in (read_header, SteeringPlan.load):
+            with pytest.raises(ValueError, match=r"Unknown|count from 0|must be"):
+                read(path)
