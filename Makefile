@@ -22,7 +22,7 @@ test: lint models
 recipes: models
 	$(PYTEST) -m recipes $(ARGS)
 
-# without the real models: under a minute on two cores
+# without the real models: under two minutes on two cores
 fast: $(VENV)/.ready
 	$(PYTEST) -m "not real and not recipes and not ndif" $(ARGS)
 
