@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from ..steering.plan import SteeringPlan, with_total
 from ..texts.texts import as_texts, texts_hash
 from .rollouts import rollouts
-from .scoring import Encoded, costs, encoded
+from .rows import Encoded
+from .scoring import costs, encoded
 
 if TYPE_CHECKING:
     from ..ndif.host import Remote

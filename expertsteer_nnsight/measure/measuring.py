@@ -16,7 +16,8 @@ from .calibration import ROLLOUT, Calibration, either_sign, neutral_tokens
 from .effects import Effect
 from .receipts import NULLS, Receipt, interval
 from .rollouts import completions, rollouts, variety
-from .scoring import Encoded, costs
+from .rows import Encoded
+from .scoring import costs
 
 if TYPE_CHECKING:
     from ..ndif.host import Remote

@@ -12,7 +12,8 @@ import torch
 from ..ndif.argument import host_of
 from ..steering.plan import SteeringPlan
 from ..texts.texts import tokenizer_of
-from .scoring import Encoded, encoded
+from .rows import Encoded
+from .scoring import encoded
 
 if TYPE_CHECKING:
     from ..ndif.host import Remote

@@ -16,9 +16,8 @@ from ..models.positions import Positions
 from ..models.residual import Residual
 from ..steering.plan import SteeringPlan
 
-Reduce = Callable[
-    [Tensor, Tensor], list[Tensor]
-]  # from logits [row, token, vocabulary] and ids [token] to one entry a row
+# from logits [row, token, vocabulary] and ids [token] to tensors with one entry a row
+Reduce = Callable[[Tensor, Tensor], list[Tensor]]
 
 
 class Encoded(NamedTuple):
@@ -58,6 +57,16 @@ def row_likelihoods(logits: Tensor, ids: Tensor) -> list[Tensor]:
     return [torch.stack(found)]
 
 
+def log_odds(up: list[int], down: list[int]) -> Reduce:
+    """A reduction to the log-odds of the tokens `up` over `down` after the last token, `[row]`, nats."""
+
+    def reduce(logits: Tensor, ids: Tensor) -> list[Tensor]:
+        last = logits[:, -1].float()
+        return [last[:, up].logsumexp(-1) - last[:, down].logsumexp(-1)]
+
+    return reduce
+
+
 def _shared_states(model: Any, residual: Residual, ids: list[int], layer: int, stop: bool) -> Tensor | None:
     """Output `[1, position, hidden]` of `layer` for one unsteered text, if later layers need nothing else of the earlier.
 
@@ -84,16 +93,6 @@ def _shared_states(model: Any, residual: Residual, ids: list[int], layer: int, s
             skipped = nnsight.save(model.output.logits)
         remembered["ok"] = bool(torch.allclose(skipped, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())))
     return output if remembered.get("ok") else None
-
-
-def log_odds(up: list[int], down: list[int]) -> Reduce:
-    """A reduction to the log-odds of the tokens `up` over `down` after the last token, `[row]`, nats."""
-
-    def reduce(logits: Tensor, ids: Tensor) -> list[Tensor]:
-        last = logits[:, -1].float()
-        return [last[:, up].logsumexp(-1) - last[:, down].logsumexp(-1)]
-
-    return reduce
 
 
 def one_text(

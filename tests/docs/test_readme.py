@@ -29,9 +29,8 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     for old, new in changes.items():
         assert old in code
         code = code.replace(old, new)
-    code = code.replace(
-        'cache="states", ', "", 1
-    )  # the first fit keeps nothing; what the second read serves its controls
+    # the first fit keeps nothing; what the second read serves its controls
+    code = code.replace('cache="states", ', "", 1)
     (tmp_path / "readme.py").write_text(code, encoding="utf-8")  # nnsight reads a block's source from its file
     monkeypatch.chdir(tmp_path)
     found = runpy.run_path(str(tmp_path / "readme.py"))

@@ -9,7 +9,7 @@ from tiny import PROMPTS, hooks, tiny
 
 from expertsteer_nnsight.measure.effects import Choices, Effect, Judged, Words
 from expertsteer_nnsight.measure.rollouts import completions, rollouts, variety
-from expertsteer_nnsight.measure.scoring import Encoded
+from expertsteer_nnsight.measure.rows import Encoded
 from expertsteer_nnsight.steering.plan import SteeringPlan
 from expertsteer_nnsight.steering.vectors import SteeringVector
 
