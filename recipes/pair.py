@@ -70,7 +70,7 @@ def cache(preset: str = "recommended") -> Path:
 
 
 def states(name: str, texts: str, preset: str = "recommended") -> es.Activations:
-    """States of the layers that a preset reads; those of anchors and pairs are the ones that its fit keeps.
+    """States of the layers that a preset reads, each text at its last token; those of pairs are the ones that its fit keeps.
 
     Args:
         name: "expert", "target", or "untrained-1" and so on: the expert with random weights of that seed.

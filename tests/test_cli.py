@@ -110,7 +110,9 @@ def test_info_prints_the_plan_and_its_header(plan):
     header = json.loads(run("info", plan, "--json"))
     assert header["vectors"][0]["strength"] == es.SteeringPlan.load(plan).vectors[0].strength
     assert {"op", "where", "from_step", "skip_special", "residual_norm"} < set(header["vectors"][0])
-    assert re.search(r"layer pairs, expert>target: \d>\d \(R² -?\d\.\d\d, AUC \d\.\d\d\)", run("info", plan))
+    assert re.search(
+        r"layer pairs, expert>target: \d>\d \(R² -?\d\.\d\d, AUC \d\.\d\d, cosine -?\d\.\d\d\)", run("info", plan)
+    )
     assert (
         header["target"]["n_layers"] == 4
         and [v["layer"] for v in header["vectors"]] == [1, 2]

@@ -18,7 +18,8 @@ from __future__ import annotations
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -27,6 +28,20 @@ from ..numeric import as_matrix, like, unit
 from .linear import Kind, chain, check_kind
 
 A = TypeVar("A", bound="Aligner")
+MASSIVE = 5.0  # median norms: no ordinary activation is longer
+
+
+def ordinary_rows(*sides: Float[Tensor, "anchor _"]) -> Bool[Tensor, " anchor"]:
+    """Which anchors to fit a map on: those without a massive activation in any model, `[anchor]`.
+
+    At a few tokens, mostly the first ones, a model has activations of a hundred times the usual norm, which say nothing of
+    the text (Sun et al., 2024, arXiv 2402.17762). Four among ten thousand rows turn a least-squares map.
+
+    Args:
+        sides: activations of the same anchors in each model, `[anchor, hidden]`.
+    """
+    norms = [side.norm(dim=1) for side in sides]
+    return torch.stack([(n <= MASSIVE * n.median()).cpu() for n in norms]).all(0)
 
 
 class Aligner(TransformerMixin, BaseEstimator):

@@ -22,6 +22,7 @@ from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from ..align.aligner import Aligner, ordinary_rows
 from ..align.closed_form import CovarianceAligner, IdentityAligner
 from ..align.controls import PermutedAligner, permuted_directions
 from ..directions.find import find_direction
@@ -89,9 +90,7 @@ def control_arms(
 
     if labelled_target is not None:
         own = [(t, t) for _, t in pairs]
-        # where the expert's covector becomes a displacement by covariance with anchors, the target's own does too
-        same = clone(steer.aligner) if isinstance(steer.aligner, CovarianceAligner) else IdentityAligner()
-        arms["native"] = fit("native", own, labelled_target, target_anchors, aligner=same)
+        arms["native"] = fit("native", own, labelled_target, target_anchors, aligner=native_aligner(steer.aligner))
     if untrained:
         arms["untrained"] = [fit("untrained", pairs, x, anchors) for x, anchors in untrained]
     if texts is not None and learnt:
@@ -105,6 +104,12 @@ def control_arms(
     return arms
 
 
+def native_aligner(aligner: Aligner | None) -> Aligner:
+    """What takes the target's own direction to the target: nothing, or the covariance that the expert's would go through."""
+    # where the expert's covector becomes a displacement by covariance with anchors, the target's own does too
+    return aligner._copy() if isinstance(aligner, CovarianceAligner) else IdentityAligner()
+
+
 def _named(plan: SteeringPlan, name: str) -> SteeringPlan:
     return SteeringPlan(plan.vectors, plan.target, {"control": name, **plan.info})
 
@@ -116,6 +121,8 @@ def _permuted(
     by_pair: list[Any] = []  # [draw, d_target] for each layer pair
     for pair, aligner, found in zip(steer.pairs_, steer.aligners_, steer.directions_, strict=True):
         anchors, y = expert_anchors[pair.expert], target_anchors[pair.target]
+        ordinary = ordinary_rows(anchors, y)
+        anchors, y = anchors[ordinary], y[ordinary]
         v = found.vector if found.vector.ndim == 1 else found.vector[0]
         if steer.space == "expert":
             by_pair.append(permuted_directions(aligner, anchors, y, v, found.space, draws, steer.random_state))

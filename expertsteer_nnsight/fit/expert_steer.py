@@ -19,9 +19,9 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..align.aligner import Aligner
+from ..align.aligner import Aligner, ordinary_rows
 from ..align.autoencoder import AutoencoderAligner
-from ..align.closed_form import CovarianceAligner, ProcrustesAligner, RidgeAligner
+from ..align.closed_form import CovarianceAligner, RidgeAligner
 from ..directions.find import Direction, find_direction
 from ..directions.rfm import RecursiveFeatureMachine
 from ..files import library_versions
@@ -32,7 +32,7 @@ from ..steering.plan import SteeringPlan
 from ..steering.vectors import SteeringVector
 from ..texts.overlap import overlap_message
 from ..texts.texts import Position
-from .control_arms import Arms, control_arms
+from .control_arms import Arms, control_arms, native_aligner
 from .layer_sweep import Validation, sweep
 from .reading import Reading
 
@@ -44,6 +44,7 @@ NO_VALIDATION = (
 )
 
 Labelled = Mapping[int, Float[Tensor, "text hidden"]]
+OwnLabelled = Mapping[int, Float[Tensor, "text d_target"]]
 Anchors = Mapping[int, Float[Tensor, "anchor hidden"]]
 
 
@@ -63,7 +64,7 @@ class ExpertSteer(BaseEstimator):
         space: "expert": find the direction in the expert's states, then map it; "target": map the states, then find it.
         position: which token's state stands for a text.
         anchor_ends: at how many further places of each anchor both models are read, for the map (`texts.word_ends`); with
-            `position="last"` only. Layers are matched on whole texts.
+            `position="last"` only. They cost no forward. Layers are matched on whole texts.
         strength: total strength in residual norms; each of k layers gets strength / sqrt(k).
         op: what the vectors do (`SteeringVector`).
         where: which positions they steer.
@@ -121,13 +122,12 @@ class ExpertSteer(BaseEstimator):
 
     @classmethod
     def recommended(cls, **changes: Any) -> ExpertSteer:
-        """What we measured to work: a whitened rotation on paired anchors, the five most similar layer pairs, mean difference.
+        """What we measured to work: ridge on anchors read at seven places each, the five most similar layer pairs, mean difference.
 
-        Chosen on the tuning concepts of `docs/evidence.md`, and measured on six others: 0.89 of the effect of the target's own
-        direction at equal KL (median), 0.81 of it beyond untrained experts. Give it a thousand generic anchors or more, none of
-        them a labelled text: with 200 it has a third.
+        Chosen on the tuning concepts of `docs/evidence.md`. Give it some hundred generic anchors, none of them a labelled text.
         """
-        return cls(**{"aligner": ProcrustesAligner(whiten=True), "score": "mutual_knn", "n_pairs": 5, **changes})
+        preset = {"aligner": RidgeAligner(), "anchor_ends": 6, "score": "mutual_knn", "n_pairs": 5}
+        return cls(**{**preset, **changes})
 
     @classmethod
     def in_domain(cls, **changes: Any) -> ExpertSteer:
@@ -219,7 +219,10 @@ class ExpertSteer(BaseEstimator):
             if shared:
                 warnings.warn(f"{overlap_message(read.anchors, shared)}: take them out.", UserWarning, stacklevel=2)
             validate = None if validation is None else partial(sweep, target, validation=validation)
-            self.fit_activations(*read.fit_states(), groups=read.labelled.groups, validate=validate)
+            own = read.target_labelled()
+            self.fit_activations(
+                *read.fit_states(), groups=read.labelled.groups, validate=validate, labelled_target=own
+            )
         self.states_ = kept
         info = {**self.plan_.info, **read.record(len(shared))}
         self.plan_ = SteeringPlan(self.plan_.vectors, self.plan_.target, info)
@@ -304,6 +307,7 @@ class ExpertSteer(BaseEstimator):
         target_anchors: Activations,
         groups: Any = None,
         validate: Callable[[SteeringPlan, list[LayerPair]], list[tuple[LayerPair, float]]] | None = None,
+        labelled_target: OwnLabelled | None = None,
     ) -> SteeringPlan:
         """The same from states that are there already: how controls and ablations share one reading of the models.
 
@@ -315,13 +319,16 @@ class ExpertSteer(BaseEstimator):
             groups: the pair each labelled text belongs to.
             validate: for `select="sweep"`: from a plan with a vector for each candidate pair to the pairs with their effects,
                 the best first.
+            labelled_target: target states of the labelled texts, layer -> `[text, d_target]`. With them the plan tells the
+                cosine of each vector with the target's own direction, which predicts whether it steers (`native_cosine` of
+                a pair in `plan.info["pairs"]`). The vectors do not depend on it.
 
         Raises:
             ValueError: a layer is missing, or settings contradict each other.
         """
         states = (labelled, labels, expert_anchors, target_anchors, groups)
         self.scores_, self.sweep_, self.pairs_ = self._chosen_pairs(*states, validate)
-        self.aligners_, self.directions_, self.plan_ = self._fitted_pairs(self.pairs_, *states)
+        self.aligners_, self.directions_, self.plan_ = self._fitted_pairs(self.pairs_, *states, labelled_target)
         return self.plan_
 
     def _reading(
@@ -389,16 +396,19 @@ class ExpertSteer(BaseEstimator):
         expert_anchors: Anchors,
         target_anchors: Activations,
         groups: Any,
+        labelled_target: OwnLabelled | None,
     ) -> tuple[list[Any], list[Direction], SteeringPlan]:
         """An aligner and a direction for each pair, and the plan of their vectors."""
+        text_of = torch.tensor(getattr(target_anchors, "text_of", None) or range(len(target_anchors[pairs[0].target])))
         aligners, directions, vectors, steps = [], [], [], []
         for pair in pairs:
             anchors, y = expert_anchors[pair.expert], target_anchors[pair.target]
             aligner: Any = clone(self.aligner if self.aligner is not None else RidgeAligner())
             if "random_state" in aligner.get_params():
                 aligner.set_params(random_state=self.random_state)
-            r2 = _held_out_r2(aligner, anchors, y, getattr(target_anchors, "text_of", None), self.random_state)
-            aligner.fit(anchors, y)
+            rows = ordinary_rows(anchors, y)
+            r2 = _held_out_r2(aligner, anchors[rows], y[rows], text_of[rows], self.random_state)
+            aligner.fit(anchors[rows], y[rows])
             x = labelled[pair.expert]
             x = aligner.transform(x) if self.space == "target" else x
             found = find_direction(x, labels, self.direction, self.kind, groups, self.random_state)
@@ -413,7 +423,9 @@ class ExpertSteer(BaseEstimator):
                 )
             )  # fmt: skip
             score = None if math.isnan(pair.score) else pair.score
+            own = None if labelled_target is None else labelled_target[pair.target]
             steps.append({"expert_layer": pair.expert, "target_layer": pair.target, "score": score, "held_out_r2": r2,
+                          "native_cosine": self._native_cosine(v, own, labels, groups, y[rows]),
                           "method": found.method, "space": found.space, **found.details})  # fmt: skip
         expert = getattr(labelled, "model", getattr(expert_anchors, "model", None))
         info = {
@@ -424,6 +436,19 @@ class ExpertSteer(BaseEstimator):
         }
         return aligners, directions, SteeringPlan(tuple(vectors), target_anchors.model, info)
 
+    def _native_cosine(
+        self, v: Tensor, own: Tensor | None, labels: Any, groups: Any, target_anchors: Tensor
+    ) -> float | None:
+        """Cosine of a vector with the direction that the same method finds in the target's `own` states; None without these."""
+        if own is None:
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the target's direction, which the plan does not use
+            found = find_direction(own, labels, self.direction, self.kind, groups, self.random_state, folds=0)
+        unmapped = native_aligner(self.aligner).fit(target_anchors, target_anchors)
+        native = torch.as_tensor(unmapped.map_direction(found.vector, found.space))
+        return float(torch.cosine_similarity(v.double().cpu(), native.double().cpu().reshape(-1, len(v))[0], dim=0))
+
 
 def _plain(value: Any) -> Any:
     """A parameter as a plan keeps it: a number, a text, None, or its name."""
@@ -433,9 +458,8 @@ def _plain(value: Any) -> Any:
     return getattr(value, "__name__", "function") if callable(value) else str(value)
 
 
-def _held_out_r2(aligner: Any, x: Tensor, y: Tensor, text_of: Any, random_state: int) -> float | None:
+def _held_out_r2(aligner: Any, x: Tensor, y: Tensor, text: Tensor, random_state: int) -> float | None:
     """R² on the rows of a tenth of the anchors of a map fitted on the others; None for too few to tell."""
-    text = torch.arange(len(x)) if text_of is None else torch.tensor(text_of)
     n = int(text.max()) + 1
     if n < 20:
         return None

@@ -72,7 +72,7 @@ class Reading:
             n = len(self.texts)
             labels, groups = [1] * n + [0] * n, [*range(n)] * 2
             self.labelled = LabelledTexts(self.texts * 2, labels, groups, "expert_minus_base")
-        self.anchors, self.position = as_texts(anchors), position
+        self.anchors, self.position, self.anchor_ends = as_texts(anchors), position, anchor_ends
         self.layers = layers(expert, ModelIdentity.of(models["target"][0]))
         known = [(t, len(prefix_ids(t))) for t in (tokenizer_of(models[name][0]) for name in ("expert", "target"))]
         self.ends = shared_ends(self.anchors, known, anchor_ends, random_state) if anchor_ends else None
@@ -99,6 +99,10 @@ class Reading:
         x, expert_anchors = self._as_expert("expert")
         return x, self.labelled.labels, expert_anchors, self._read("target", "anchors")
 
+    def target_labelled(self) -> Activations | None:
+        """The target's states of the labelled texts; None with a base model, where the texts have no labels of their own."""
+        return self._read("target", "pairs") if self.models["base"][0] is None else None
+
     def shared(self) -> list[int]:
         """Numbers of the anchors that `overlap` with the labelled texts."""
         # with a base model no text tells the classes apart, so that no anchor can carry a label over
@@ -121,8 +125,9 @@ class Reading:
     def control_states(self, untrained: int) -> dict[str, Any]:
         """What `control_arms` takes besides. Where a base model is the other class, texts have no labels of their own."""
         own = {"groups": self.labelled.groups}
-        if self.models["base"][0] is None:
-            own |= {"labelled_target": self._read("target", "pairs"), "texts": (self.texts, self.anchor_texts)}
+        target = self.target_labelled()
+        if target is not None:
+            own |= {"labelled_target": target, "texts": (self.texts, self.anchor_texts)}
         return own | {"untrained": [self._untrained(n) for n in range(1, untrained + 1)]}
 
     def _untrained(self, seed: int) -> tuple[Any, Activations]:
@@ -149,7 +154,9 @@ class Reading:
         key = (id(model), fingerprint(model, bool(remote)), texts_hash(texts), tuple(layers), self.position, str(ends))
         if key in self.kept:
             return self.kept[key]
-        where = None if self.cache is None else Path(self.cache) / f"{name}-{kind}"
+        # apart from states of whole texts, so that presets with and without further places share a cache
+        places = "" if ends is None else f"-{self.anchor_ends}-ends"
+        where = None if self.cache is None else Path(self.cache) / f"{name}-{kind}{places}"
         own = {"cache": where, "ends": ends, "remote": remote, "_until": self._until}
         found = collect(model, texts, layers, self.position, **own, **self.settings)
         if name in ("expert", "target", "base"):

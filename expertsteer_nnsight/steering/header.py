@@ -15,6 +15,9 @@ from typing import Any
 OPERATIONS = ("add", "add_keep_norm", "project_out", "clamp")
 WHERE = ("all", "prompt", "completion")
 WEAK_R2 = 0.05  # of the variance: below it an aligner tells next to nothing
+WEAK_COSINE = (
+    0.2  # of a mapped direction with the target's own: below it plans mostly have less than half of its effect
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,12 @@ class PlanHeader:
                 lines.append(
                     f"  the aligner predicts next to nothing of held-out anchors (R² below {WEAK_R2}): give a thousand or more"
                 )
+            cosines = [p["native_cosine"] for p in pairs if p.get("native_cosine") is not None]
+            if cosines and sum(cosines) < WEAK_COSINE * len(cosines):
+                lines.append(
+                    f"  unlikely to steer: its cosine with the target's own direction is {sum(cosines) / len(cosines):.2f} "
+                    f"(mean of the layers, below {WEAK_COSINE}): give more anchors, or other layers"
+                )
         told_above = ("calibration", "receipt", *(["pairs"] if pairs else []))
         lines += [f"  {k}: {_short(v)}" for k, v in self.info.items() if k not in told_above]
         return "\n".join(lines)
@@ -137,8 +146,8 @@ def _model(target: Mapping[str, Any] | None) -> str:
 
 
 def _pair(step: dict[str, Any]) -> str:
-    """A layer pair, with R² of the aligner on held-out anchors and AUC of the direction on held-out labelled texts."""
-    known = {"R²": step.get("held_out_r2"), "AUC": step.get("held_out_auc")}
+    """A layer pair, with R² of the aligner on held-out anchors, AUC of the direction on held-out labelled texts, and its cosine."""
+    known = {"R²": step.get("held_out_r2"), "AUC": step.get("held_out_auc"), "cosine": step.get("native_cosine")}
     told = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if value is not None)
     return f"{step.get('expert_layer')}>{step.get('target_layer')}" + (f" ({told})" if told else "")
 

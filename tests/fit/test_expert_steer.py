@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import nnsight
 import pytest
 import torch
@@ -50,6 +52,77 @@ def test_an_auto_encoder_carries_nothing_over():
     assert abs(sum(found) / 5) < 0.5 and max(found) - min(found) > 0.2
 
 
+def own_states(t, truth, y, seed=5):
+    """Target states of labelled texts that differ along `truth`."""
+    g = torch.Generator().manual_seed(seed)
+    side = (2.0 * y - 1)[:, None]
+    return {i: side * 3 * truth[i] + torch.randn(len(y), t[i].shape[1], generator=g, dtype=torch.float64) for i in t}
+
+
+@pytest.mark.parametrize("space", ["expert", "target"])
+def test_massive_activations_do_not_turn_the_map(space):
+    labelled, y, e, t, truth = planted()
+    steer = es.ExpertSteer(es.RidgeAligner(), layers=[(1, 2)], space=space)
+    clean = steer.fit_activations(labelled, y, e, t)
+    g = torch.Generator().manual_seed(9)
+    few = 0.01 * t[2].norm(dim=1).median() * torch.randn(4, 16, generator=g, dtype=torch.float64)
+    massive = {**t._memory, **{f"layer.{i}": torch.cat([t[i], 4e4 * few]) for i in t}}
+    massive |= {f"norm.{i}": torch.cat([t._read(f"norm.{i}"), t._read(f"norm.{i}")[:4]]) for i in t}
+    longer = {i: torch.cat([x, torch.randn(4, 24, generator=g, dtype=torch.float64)]) for i, x in e.items()}
+    spoilt = type(t)(t.model, t.layers, t.n_texts + 4, "last", None, massive)
+    other: es.ExpertSteer = clone(steer)
+    plan = other.fit_activations(labelled, y, longer, spoilt)
+    torch.testing.assert_close(plan.vectors[0].direction, clean.vectors[0].direction)
+    assert plan.info["pairs"][0]["held_out_r2"] > 0.9
+    # without the rule they do
+    raw = es.RidgeAligner().fit(longer[1], spoilt[2])
+    assert abs(cosine(raw.map_direction(labelled[1][0] - labelled[1][1], "displacement"), truth[2])) < 0.9
+    # the shuffled anchors of the control are ordinary ones too
+    from expertsteer_nnsight.fit.control_arms import control_arms
+
+    found = [
+        control_arms(s, labelled, y, a, b, draws=3)["permuted"] for s, a, b in ((steer, e, t), (other, longer, spoilt))
+    ]
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one.vectors[0].direction, two.vectors[0].direction)
+
+
+@pytest.mark.parametrize("preset", ["recommended", "in_domain"])
+def test_the_cosine_with_the_targets_own_direction_tells_whether_the_map_carries_the_concept(preset):
+    labelled, y, e, t, truth = planted(2000)
+    own = own_states(t, truth, y)
+    steer = getattr(es.ExpertSteer, preset)(layers=[(1, 2), (2, 1)])
+    blind = clone(steer).fit_activations(labelled, y, e, t)
+    plan = steer.fit_activations(labelled, y, e, t, labelled_target=own)
+    for told, untold in zip(plan.vectors, blind.vectors, strict=True):
+        assert torch.equal(told.direction, untold.direction)
+    assert [p["native_cosine"] for p in blind.info["pairs"]] == [None, None]
+    assert min(p["native_cosine"] for p in plan.info["pairs"]) > 0.85
+    assert "unlikely to steer" not in str(plan) and "unlikely to steer" not in str(blind)
+    # anchors whose rows do not go together
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(1))
+    lost = steer.fit_activations(labelled, y, {i: x[order] for i, x in e.items()}, t, labelled_target=own)
+    assert sum(p["native_cosine"] for p in lost.info["pairs"]) < 0.8
+
+
+def test_a_plan_whose_vectors_are_not_the_targets_says_so():
+    labelled, y, e, t, truth = planted()
+    other = {i: -v for i, v in enumerate(truth)}  # the concept lies the other way round in the target
+    plan = es.ExpertSteer(es.RidgeAligner(), layers=[(1, 2)]).fit_activations(
+        labelled, y, e, t, labelled_target=own_states(t, other, y)
+    )
+    assert re.search(r"unlikely to steer: its cosine with the target's own direction is -(0\.9|1\.0)", str(plan))
+
+
+def test_presets_with_and_without_further_places_share_a_cache(tmp_path):
+    expert, target = tiny("llama"), tiny("gpt2")
+    for preset in (es.ExpertSteer.paper, es.ExpertSteer.recommended, es.ExpertSteer.in_domain):
+        steer = preset(layers=[(1, 2)], direction="mean_difference")
+        plan = steer.fit(expert, target, PAIRS, GENERAL, cache=tmp_path, progress=False)
+        again = clone(steer).fit(expert, target, PAIRS, GENERAL, cache=tmp_path, progress=False)
+        assert torch.equal(plan.vectors[0].direction, again.vectors[0].direction)
+
+
 def test_layers_are_chosen_by_score_and_band():
     labelled, y, e, t, _ = planted()
     steer = es.ExpertSteer(score="cka", n_pairs=2, band=(0.3, 0.7)).set_params(select="highest")
@@ -66,7 +139,7 @@ def test_presets_are_estimators():
         steer = preset(n_pairs=2)
         assert clone(steer).get_params(deep=False)["n_pairs"] == 2 and "ExpertSteer(" in repr(steer)
     assert isinstance(es.ExpertSteer.paper().aligner, es.AutoencoderAligner)
-    assert es.ExpertSteer.recommended().aligner.whiten  # at equal widths too
+    assert es.ExpertSteer.recommended().anchor_ends and not es.ExpertSteer.paper().anchor_ends
 
 
 def test_fit_reads_two_models_and_the_plan_steers(tmp_path):
