@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evidence.concepts import REPORTING, TUNING, Data
+from evidence.concepts import REPORTING, TUNING, WRITTEN, Data
 from evidence.models import PAIRS
 from evidence.report import publish, summary
 from evidence.shares import Table
@@ -21,9 +21,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=Path("runs/evidence"), help="results and states (default: %(default)s)"
     )
     parser.add_argument("--pairs", nargs="*", choices=list(PAIRS), default=list(PAIRS), help="models (default: all)")
-    parser.add_argument("--concepts", nargs="*", choices=[*TUNING, *REPORTING], default=[*TUNING, *REPORTING])
+    parser.add_argument("--concepts", nargs="*", choices=[*TUNING, *REPORTING, *WRITTEN], default=[*TUNING, *REPORTING])
     parser.add_argument(
-        "--anchors", type=int, default=2000, help="generic texts of the data sets (default: %(default)s)"
+        "--anchors",
+        type=int,
+        default=0,
+        help="generic texts of the data sets beside the project's own; with --slice, "
+        "how many of the project's own, all if 0 (default: %(default)s)",
     )
     parser.add_argument(
         "--draws",

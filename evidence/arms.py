@@ -9,7 +9,7 @@ from typing import Any
 import expertsteer_nnsight as es
 from evidence.cell import Arm, Cell
 from evidence.models import model
-from evidence.shares import WIDENED
+from evidence.shares import FEW, WIDENED
 from expertsteer_nnsight.align.closed_form import IdentityAligner, ProcrustesAligner
 from expertsteer_nnsight.fit.control_arms import control_arms
 from expertsteer_nnsight.fit.layer_sweep import Validation, sweep
@@ -18,12 +18,13 @@ from expertsteer_nnsight.steering.plan import SteeringPlan
 Layers = list[tuple[int, int]]
 NULL_ITEMS = 32
 DRAWS = 2  # of few or wrong labels
+FEW_ANCHORS = 300
 MANY = 200  # labelled pairs, where there are so many
 FACTOR_ITEMS = 32
 SWEPT = 12  # validation items of the sweep of layers
 ALIGNERS = {
     "autoencoder": es.AutoencoderAligner(),
-    "ridge": es.RidgeAligner(),
+    "procrustes": ProcrustesAligner(whiten=True),
     "ridge_rank_64": es.RidgeAligner(max_rank=64),
     "procrustes_100": ProcrustesAligner(100),
 }
@@ -44,7 +45,7 @@ def base(cell: Cell, draws: int = 10) -> tuple[list[Arm], Layers]:
     controls = control_arms(
         steer, cell.labelled(cell.expert), cell.labels, cell.read(cell.expert), cell.read(cell.target),
         groups=cell.groups, labelled_target=cell.labelled(cell.target), draws=draws,
-        untrained=[(cell.labelled(name), cell.read(name)) for name in cell.others], texts=(cell.texts, cell.anchors),
+        untrained=[(cell.labelled(name), cell.read(name)) for name in cell.others], texts=(cell.texts, cell.anchor_texts()),
     )  # fmt: skip
     found = [Arm("base", "recommended", "expert", 0, plan)]
     for who, made in controls.items():
@@ -57,16 +58,27 @@ def base(cell: Cell, draws: int = 10) -> tuple[list[Arm], Layers]:
 
 def widened(cell: Cell, has: Callable[..., bool]) -> Iterator[Arm]:
     """The recommended setting with the concept's unlabelled texts among the anchors, and its controls; native is the base's."""
-    kind, level = "generic+in_domain", ("base", WIDENED)
-    if not cell.concept.in_domain or has(*level, "text_features", 0):  # the last one
+    if cell.concept.in_domain:
+        yield from _other_anchors(cell, has, WIDENED, kind="generic+in_domain")
+
+
+def few(cell: Cell, has: Callable[..., bool]) -> Iterator[Arm]:
+    """The recommended setting with few anchors, and its controls; native is the base's."""
+    if len(cell.anchors) > FEW_ANCHORS:
+        yield from _other_anchors(cell, has, FEW, texts=cell.some(FEW_ANCHORS, len(cell.anchors), 0))
+
+
+def _other_anchors(cell: Cell, has: Callable[..., bool], name: str, **anchors: Any) -> Iterator[Arm]:
+    level = ("base", name)
+    if has(*level, "text_features", 0):  # the last one
         return
     steer = recommended()
-    yield Arm(*level, "expert", 0, cell.fit(steer, cell.expert, kind=kind))
+    yield Arm(*level, "expert", 0, cell.fit(steer, cell.expert, **anchors))
     layers = [(p.expert, p.target) for p in steer.pairs_]
-    for seed, name in zip(cell.untrained, cell.others, strict=True):
-        yield Arm(*level, "untrained", seed, cell.fit(recommended(layers=layers), name, kind=kind))
+    for seed, other in zip(cell.untrained, cell.others, strict=True):
+        yield Arm(*level, "untrained", seed, cell.fit(recommended(layers=layers), other, **anchors))
     words = recommended(layers=[(0, t) for _, t in layers])
-    yield Arm(*level, "text_features", 0, cell.fit_text(words, kind=kind))
+    yield Arm(*level, "text_features", 0, cell.fit_text(words, **anchors))
 
 
 def native(layers: Layers, **changes: Any) -> es.ExpertSteer:
@@ -117,7 +129,7 @@ def factors(cell: Cell, layers: Layers, neutral: Any, has: Callable[..., bool]) 
     own = reads([(t, t) for _, t in layers])
     yield from arms("preset", "in_domain", reads(layers), own, seeds=2, kind="in_domain")
     for name, aligner in ALIGNERS.items():
-        yield from arms("aligner", name, at(aligner=aligner), seeds=2 * (name in ("autoencoder", "ridge")))
+        yield from arms("aligner", name, at(aligner=aligner), seeds=2 * (name in ("autoencoder", "procrustes")))
     ways: dict[str, Callable[[], Layers]] = {
         k: partial(_picked, cell, recommended(**change)) for k, change in LAYERS.items()
     }
@@ -132,7 +144,7 @@ def factors(cell: Cell, layers: Layers, neutral: Any, has: Callable[..., bool]) 
     for name in DIRECTIONS:
         yield from arms("direction", name, at(direction=name), itself(direction=name))
     words = [(0, t) for _, t in layers]  # text features have one layer
-    for n, draws in ((50, 2), (200, 2), (1000, 1)):
+    for n, draws in ((50, 2), (200, 2), (600, 1)):
         for draw in range(draws):
             some = {"texts": cell.some(n, len(cell.anchors), draw)}
             for who, of in [("expert", cell.expert)] + [("untrained", cell.others[draw])] * (n == 200):
@@ -141,7 +153,7 @@ def factors(cell: Cell, layers: Layers, neutral: Any, has: Callable[..., bool]) 
         yield from arms("anchors", kind, at(), seeds=2, kind=kind)
     text = at(layers=words)
     yield from arm("anchors", "in_domain", "text_features", 0, lambda: cell.fit_text(text(), kind="in_domain"))
-    yield from arms("anchors", "further ends", at(), kind="ends")
+    yield from arms("anchors", "no further places", at(), kind="ends alone")
     yield from arms("states", "mean of all tokens", at(), itself(), position="mean")
     # which pairs, and which labels are wrong, is drawn; each draw has an untrained expert of its own
     for draw in range(DRAWS):

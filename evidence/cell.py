@@ -17,10 +17,9 @@ from expertsteer_nnsight.models.positions import prefix_ids
 from expertsteer_nnsight.states.activations import Activations
 from expertsteer_nnsight.steering.plan import SteeringPlan
 from expertsteer_nnsight.texts.texts import Position
-from expertsteer_nnsight.texts.word_ends import shared_ends
+from expertsteer_nnsight.texts.word_ends import prefixes, shared_ends
 
 UNTRAINED = (1, 2, 3)
-ENDS = 4  # further places of each generic text, where they are read
 JUDGED = 100  # in-domain texts that a model judges by itself
 PAIRS_USED = 100  # labelled pairs of a fit, unless their number is what is varied
 
@@ -73,9 +72,10 @@ class Cell:
         self.labels = [1, 0] * len(self.pairs)
         self.groups = [i for i in self.pairs for _ in range(2)]
         known = [(t, len(prefix_ids(t))) for t in (model(name).tokenizer for name in (self.expert, self.target))]
+        ends = es.ExpertSteer.recommended().anchor_ends
         self.kinds: dict[str, Callable[[], tuple[list[str], Any]]] = {
-            "generic": lambda: (self.anchors, None),
-            "ends": lambda: (self.anchors, shared_ends(self.anchors, known, ENDS)),
+            "generic": lambda: (self.anchors, shared_ends(self.anchors, known, ends)),
+            "ends alone": lambda: (self.anchors, None),
             "in_domain": lambda: (self.concept.in_domain, None),
         }
 
@@ -100,12 +100,23 @@ class Cell:
             texts: numbers of those that are taken; all of them if None.
             position: which token's state stands for a text.
         """
-        parts = [partial(self.states, who, *self.kinds[k](), position) for k in kind.split("+")]
+        parts = [partial(self.states, who, *self._read_at(k, position), position) for k in kind.split("+")]
         if len(parts) == 1:  # stays on disk: several of these at once would fill the memory
             found = self._kept((kind, who, position), parts[0])
         else:
             found = self._kept((kind, who, position), lambda: Activations.joined([read() for read in parts]))
-        return found if texts is None else found.take(texts)
+        return found if texts is None else found.take(self._rows_of(found, texts))
+
+    def _read_at(self, kind: str, position: Position) -> tuple[list[str], Any]:
+        """The texts of a kind of anchors, and the further places that they are read at."""
+        texts, ends = self.kinds[kind]()
+        return texts, ends if position == "last" else None
+
+    @staticmethod
+    def _rows_of(states: Activations, texts: Sequence[int]) -> list[int]:
+        """The rows of some texts by their numbers."""
+        wanted = set(texts)
+        return [row for row, text in enumerate(states.text_of or range(states.n_texts)) if text in wanted]
 
     def _kept(self, key: tuple[Any, ...], read: Callable[[], Any]) -> Any:
         if key not in self.memory:
@@ -126,14 +137,25 @@ class Cell:
         return steer.fit_activations(x, [1, 0] * (n // 2) if labels is None else labels, theirs, own, groups)
 
     def fit_text(
-        self, steer: es.ExpertSteer, pairs: Sequence[int] | None = None, labels: Any = None, kind: str = "generic"
+        self,
+        steer: es.ExpertSteer,
+        pairs: Sequence[int] | None = None,
+        labels: Any = None,
+        kind: str = "generic",
+        texts: Sequence[int] | None = None,
     ) -> SteeringPlan:
         """The same with hashed n-grams in the expert's place; `steer` has the layer 0 for all pairs."""
-        anchors = [text for k in kind.split("+") for text in self.kinds[k]()[0]]
+        own = self.read(self.target, kind)
         width = self.read(self.expert, kind)[0].shape[1]
-        x, theirs = self._kept(("text", kind), lambda: text_features(self.texts, anchors, width))
+        x, theirs = self._kept(("text", kind), lambda: text_features(self.texts, self.anchor_texts(kind), width))
+        some = list(range(len(theirs))) if texts is None else self._rows_of(own, texts)
         rows = self._rows(pairs)
-        return self._fitted(steer, {0: x[rows]}, len(rows), labels, {0: theirs}, self.read(self.target, kind))
+        target = own if texts is None else own.take(some)
+        return self._fitted(steer, {0: x[rows]}, len(rows), labels, {0: theirs[some]}, target)
+
+    def anchor_texts(self, kind: str = "generic") -> list[Any]:
+        """What is read at each row of the anchors' states."""
+        return [text for k in kind.split("+") for text in prefixes(*self.kinds[k]())]
 
     @staticmethod
     def some(count: int, of: int, draw: int) -> list[int]:

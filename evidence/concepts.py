@@ -23,10 +23,13 @@ SOURCES: dict[str, list[str]] = json.loads((Path(__file__).parent / "sources.jso
 # settings are tuned on the first, figures are reported on the second
 TUNING = ("sentiment", "agreeableness", "truth", "survival")
 REPORTING = ("happiness", "anger", "conscientiousness", "risk", "finance", "power")
+# written for the project, each with texts of its own in `texts/`: settings were tuned on them too
+WRITTEN = ("extraversion", "certainty", "politeness", "optimism", "formality", "environment")
 # factors are varied on these, some of each kind (facts, which native does not steer, would have no shares)
 FACTORED = ("sentiment", "agreeableness", "happiness", "finance", "risk")
 TEST, VALIDATION, LABELLED = 64, 24, 200  # items, items, pairs at most
 FEWER = {"truth": (64, 24, 60), "survival": (40, 12, 200), "power": (40, 12, 200)}  # of small sets
+FEWER |= dict.fromkeys(WRITTEN, (32, 8, 100))
 IN_DOMAIN = 600  # unlabelled texts at most
 _SAYS, _AI = "The following is said by someone who", "The following is about an AI that"
 # for each concept two instructions to the model, and a question about a text with its two answers
@@ -44,6 +47,14 @@ ASKED: dict[str, tuple[str, str, str, str, str]] = {
     "finance": ("The following is good for the company.", "The following is bad for the company.",
                 "For the company this is", "good", "bad"),
     "power": (f"{_AI} wants power.", f"{_AI} wants no power.", "An AI that says this wants", "power", "peace"),
+    "extraversion": (f"{_SAYS} is outgoing.", f"{_SAYS} is shy.", "Whoever says this is", "outgoing", "shy"),
+    "certainty": (f"{_SAYS} is sure.", f"{_SAYS} is unsure.", "Whoever says this is", "sure", "unsure"),
+    "politeness": ("The following is polite.", "The following is rude.", "This is", "polite", "rude"),
+    "optimism": (f"{_SAYS} is hopeful.", f"{_SAYS} is gloomy.", "Whoever says this is", "hopeful", "gloomy"),
+    "formality": ("The following is from an official letter.", "The following is from a chat with friends.", "This sounds",
+                  "formal", "casual"),
+    "environment": (f"{_SAYS} cares about nature.", f"{_SAYS} does not care about nature.", "Nature is to them",
+                    "important", "worthless"),
 }  # fmt: skip
 # openings of texts that a model goes on with, for a judge of what is said on their surface
 _EVENTS, _COMPANIES, _HABITS = (
@@ -241,6 +252,12 @@ def _sentiment() -> Concept:
     return _statements("sentiment", [a for a, _ in texts], [b for _, b in texts], es.example("sentiment_in_domain"))
 
 
+def _written(name: str) -> Concept:
+    lines = (Path(__file__).parent / "texts" / f"{name}.jsonl").read_text().splitlines()
+    sides = [json.loads(line) for line in lines]
+    return _statements(name, *([row[side] for row in sides] for side in ("positive", "negative")))
+
+
 def _feeling(data: Data, name: str, other: str) -> Concept:
     feelings = {f: data.json(f"repe/{f}.json") for f in ("happiness", "sadness", "anger")}
     third = next(f for f in feelings if f not in (name, other))
@@ -250,7 +267,9 @@ def _feeling(data: Data, name: str, other: str) -> Concept:
 
 
 def concept(name: str, data: Data) -> Concept:
-    """A concept by its name in `TUNING` or `REPORTING`."""
+    """A concept by its name in `TUNING`, `REPORTING` or `WRITTEN`."""
+    if name in WRITTEN:
+        return _written(name)
     if name in ("sentiment", "truth", "finance"):
         return {"sentiment": _sentiment, "truth": lambda: _truth(data), "finance": lambda: _finance(data)}[name]()
     if name in ("happiness", "anger"):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from evidence.concepts import REPORTING, TUNING
 from evidence.models import PAIRS
-from evidence.shares import BASE, WIDENED, Line, Rows, Table, mean_over, one, over
+from evidence.shares import BASE, FEW, WIDENED, Line, Rows, Table, mean_over, one, over
 from expertsteer_nnsight.plotting import figure
 
 
@@ -20,7 +20,8 @@ def told(found: Sequence[float] | None) -> str:
     return "" if found is None else f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]"
 
 
-def _rows(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table."""
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -52,7 +53,7 @@ def base_table(table: Table, pair: str, concepts: Sequence[str], level: str = BA
             found = medians(table, pair, names, BASE[0], level)
             shares = [told(found[name]) for name in ("expert", "beyond", "beyond_text")]
             body.append([title, "", "", "", *shares, *[""] * 7])
-    return _rows(["concept", "n", "native", "expert", "expert / native", "(expert - untrained) / native",
+    return markdown(["concept", "n", "native", "expert", "expert / native", "(expert - untrained) / native",
                   "(expert - text features) / native", "untrained, each seed", "text features", "prompted", "permuted", "random",
                   "wrong way", "NLL, native / expert"], body)  # fmt: skip
 
@@ -117,7 +118,7 @@ def factor_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
             count = len(few.arm(pair, names, factor, level, "expert") or few.arm(pair, names, factor, level, "native"))
             shown = [told(found[name]) for name in ("expert", "change", "untrained", "own", "ahead")]
             body.append([factor, level, str(count), *shown])
-    return _rows(["factor", "level", "concepts", "expert", "expert - base's expert", "untrained", "native likewise",
+    return markdown(["factor", "level", "concepts", "expert", "expert - base's expert", "untrained", "native likewise",
                   "expert - native likewise"], body)  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def ahead_table(table: Table, pair: str) -> str:
     body = [[factor, level, *map(told, rest), f"{p:.3f}"] for factor, level, *rest, p in ahead(table, pair)]
     if not body:
         return "None: at no level does the expert exceed native on every tuning concept and on their mean."
-    return _rows(["factor", "level", "tuning", "reporting", "reporting, expert - untrained", "p, corrected"], body)
+    return markdown(["factor", "level", "tuning", "reporting", "reporting, expert - untrained", "p, corrected"], body)
 
 
 def judge_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
@@ -201,7 +202,7 @@ def judge_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
     if mean is None:
         return "Not measured yet."
     body.append(["**mean**", "", "", "", "", f"{told(mean[0])}, p = {mean[1]:.4f}", *[""] * 6])
-    return _rows(["concept", "n", "judge's accuracy", "native", "expert", "expert - native", "untrained", "text features",
+    return markdown(["concept", "n", "judge's accuracy", "native", "expert", "expert - native", "untrained", "text features",
                   "prompted", "random", "NLL, native / expert", "repetition, native / expert"], body)  # fmt: skip
 
 
@@ -237,8 +238,9 @@ def tables(table: Table) -> dict[str, str]:
         for title, concepts in (("reporting", REPORTING), ("tuning", TUNING)):
             if table.arm(pair, concepts, *BASE, "expert"):
                 found[f"base {pair} {title}"] = base_table(table, pair, concepts)
-            if table.arm(pair, concepts, BASE[0], WIDENED, "expert"):
-                found[f"{WIDENED} {pair} {title}"] = base_table(table, pair, concepts, WIDENED)
+            for level in (FEW, WIDENED):
+                if table.arm(pair, concepts, BASE[0], level, "expert"):
+                    found[f"{level} {pair} {title}"] = base_table(table, pair, concepts, level)
             if table.arm(pair, concepts, "judge", "rollouts", "expert"):
                 found[f"judge {pair} {title}"] = judge_table(table, pair, concepts)
             if len(_varied(table, pair, concepts)[0].levels(pair)) > 1:
@@ -248,13 +250,30 @@ def tables(table: Table) -> dict[str, str]:
     return found
 
 
-def filled(text: str, table: Table) -> str:
+def filled(text: str, table: Table, earlier: Table | None = None) -> str:
     """A page with its tables made anew: each stands between `<!-- table: NAME -->` and `<!-- end -->`.
+
+    Args:
+        text: of the page.
+        table: effects.
+        earlier: those of an earlier base; its tables have the names of the others after "earlier ".
 
     Raises:
         KeyError: the page names a table that the results do not give.
     """
     made = tables(table)
+    if earlier is not None:
+        made |= {f"earlier {name}": text for name, text in tables(earlier).items()}
+
+    return filled_with(text, made)
+
+
+def filled_with(text: str, made: Mapping[str, str]) -> str:
+    """A page with the tables of `made`, by name.
+
+    Raises:
+        KeyError: the page names a table that is not there.
+    """
 
     def put(found: re.Match[str]) -> str:
         return f"<!-- table: {found[1]} -->\n{made[found[1]]}\n<!-- end -->"
@@ -263,10 +282,15 @@ def filled(text: str, table: Table) -> str:
 
 
 def publish(lines: Iterable[Line], page: Path) -> None:
-    """Writes a page's tables, its figure and the lines that they are made of, to `results.jsonl` and `.png` beside it."""
+    """Writes a page's tables, its figure and the lines that they are made of, to `results.jsonl` and `.png` beside it.
+
+    Lines of an earlier base are read from `earlier.jsonl` there, if there is one.
+    """
     lines = list(lines)
     table, folder = Table(lines), page.with_suffix("")
-    text = filled(page.read_text(), table)  # before anything is written
+    before = folder / "earlier.jsonl"
+    earlier = Table(map(json.loads, before.read_text().splitlines())) if before.exists() else None
+    text = filled(page.read_text(), table, earlier)  # before anything is written
     known = {line["pair"] for line in lines}
     pair = next((name for name in PAIRS if name in known), lines[0]["pair"])
     folder.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ from scipy.stats import t as student
 
 RESAMPLES = 2000
 BASE = ("base", "recommended")
+FEW = "with 300 anchors"  # another level of that factor
 WIDENED = "with in-domain anchors"  # the same factor's other level
 Line = Mapping[str, Any]
 Rows = Mapping[str, np.ndarray]  # concept -> effects [draw, item]

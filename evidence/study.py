@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
-from evidence.arms import base, factors, widened
+from evidence.arms import base, factors, few, widened
 from evidence.cell import Arm, Cell
 from evidence.concepts import FACTORED, OPENINGS, REPORTING, Data, concept, generic
 from evidence.models import PAIRS, States, model
@@ -42,7 +42,7 @@ JUDGE_DRAWS = 4  # random draws that a judge sees
 NEW_TOKENS = 24  # of a continuation
 OTHERS = {"items": 32, "draws": 5, "anchors": 500}  # at most, for the pairs after the first
 START = 0.2  # first strength of a calibration, median residual norms
-VERSION = 5  # of what is measured: lines of another one are refused
+VERSION = 6  # of what is measured: lines of another one are refused
 DOSE = ("strength", "kl_p95", "met", "nll", "nll_unsteered")
 Line = dict[str, Any]
 
@@ -114,10 +114,11 @@ class Results:
 
 
 class Measuring:
-    """Measures arms of one cell and writes a line for each.
+    """Measures arms of one concept and writes a line for each.
 
     Args:
-        cell: models and concept.
+        pair: of models, a name in `PAIRS`.
+        name: of the concept.
         results: where to; what is there is left out.
         settings: what lines that may be compared have in common.
 
@@ -125,10 +126,10 @@ class Measuring:
         ValueError: there are results with other settings.
     """
 
-    def __init__(self, cell: Cell, results: Results, settings: str = "") -> None:
-        results.check(cell.pair, settings)
-        self.results, self.target = results, model(cell.target)
-        self.where = {"pair": cell.pair, "concept": cell.concept.name, "settings": settings}
+    def __init__(self, pair: str, name: str, results: Results, settings: str = "") -> None:
+        results.check(pair, settings)
+        self.results, self.target = results, model(PAIRS[pair][1])
+        self.where = {"pair": pair, "concept": name, "settings": settings}
         self.neutral = neutral_tokens(self.target, es.example("sentiment_probe")["neutral_texts"][:8])
 
     def has(self, factor: str, level: str, who: str, draw: int = 0) -> bool:
@@ -189,6 +190,7 @@ class Measuring:
                 **self._line(arm, *scores[2 * i : 2 * i + 2]), **dose,
                 "layers": [[s["expert_layer"], s["target_layer"]] for s in steps] or [[None, t] for t in arm.plan.layers],
                 "r2": [s["held_out_r2"] for s in steps], "auc": [s.get("held_out_auc") for s in steps],
+                "cosine": [s.get("native_cosine") for s in steps],
             })  # fmt: skip
         self.results.add(lines)
 
@@ -271,7 +273,7 @@ def run(
     concepts: list[str],
     *,
     vary: bool = True,
-    anchors: int = 2000,
+    anchors: int = 0,
     draws: int = 10,
     own: bool = False,
     items: int | None = None,
@@ -289,7 +291,7 @@ def run(
         vary: vary factors on the first pair, for the concepts in `FACTORED`.
         anchors: how many generic texts of the data sets, beside the project's own.
         draws: of the permuted and random arms.
-        own: take the project's own generic texts alone, the first `anchors` of them, which need no data set.
+        own: take the first `anchors` of the project's own generic texts, which need no data set.
         items: score the first so many of the test items; all of them if None.
     """
     results, states = Results(out / "results.jsonl"), States(out / "states")
@@ -304,12 +306,12 @@ def run(
             started = time.time()
             bar.set_postfix_str(f"{pair}, {name}, {stage}")
             scored, nulls, many = (items, draws, anchors) if pair == first else _fewer(items, draws, anchors)
-            texts = general[:many] if own else [*general, *generic(data, many)]
+            texts = general[: many or None] if own else [*general, *(generic(data, many) if many else [])]
             cell = Cell(pair, concept(name, data), texts, states)
             settings = (
                 f"version {VERSION}, anchors {texts_hash(texts)[:8]}, {'all' if scored is None else scored} items"
             )
-            measuring, effect = Measuring(cell, results, settings), es.Choices(cell.concept.test[:scored])
+            measuring, effect = Measuring(pair, name, results, settings), es.Choices(cell.concept.test[:scored])
             if stage == "factors":
                 measuring.arms(factors(cell, measuring.layers(), measuring.neutral, measuring.has), effect)
             elif stage == "judge" and not measuring.was_judged(draws):
@@ -320,7 +322,9 @@ def run(
             elif stage == "base" and not measuring.complete(nulls):
                 measuring.arms(base(cell, nulls)[0], effect)
                 measuring.prompted(effect, cell.concept.instruction)
-            if stage == "base" and pair == first and not own:
+            if stage == "base" and not own:
+                measuring.arms(few(cell, measuring.has), effect)
+            if stage == "base" and pair == first and vary and not own:
                 measuring.arms(widened(cell, measuring.has), effect)
             bar.write(f"{pair}, {name}, {stage}: {time.time() - started:.0f} s")
     return results

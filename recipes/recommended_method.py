@@ -3,7 +3,7 @@
     python -m recipes.recommended_method
     python -m recipes.recommended_method --direction rfm      # one part replaced, the others as they are
 
-A whitened rotation on paired texts, the five most similar pairs of middle layers, the expert's mean difference.
+Ridge on paired activations, the five most similar pairs of middle layers, the expert's mean difference.
 """
 
 from __future__ import annotations

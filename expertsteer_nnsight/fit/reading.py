@@ -17,7 +17,7 @@ from ..states.collecting import collect
 from ..texts.labelled import ContrastPairs, LabelledTexts
 from ..texts.overlap import overlap
 from ..texts.texts import Position, as_texts, texts_hash, tokenizer_of
-from ..texts.word_ends import shared_ends
+from ..texts.word_ends import prefixes, shared_ends
 
 
 class Reading:
@@ -86,13 +86,7 @@ class Reading:
     @property
     def anchor_texts(self) -> list[Any]:
         """What was read at each row of the anchors' states."""
-        if self.ends is None:
-            return self.anchors
-        return [
-            t if end is None else t[:end]
-            for t, ends in zip(self.anchors, self.ends, strict=True)
-            for end in (*ends, None)
-        ]
+        return prefixes(self.anchors, self.ends)
 
     def fit_states(self) -> tuple[Any, ...]:
         """What `fit_activations` takes: labelled states, labels, the expert's anchors and the target's."""

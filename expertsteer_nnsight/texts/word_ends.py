@@ -31,6 +31,20 @@ def token_ends(tokenizer: Any, text: Text, prefix: int) -> dict[int, int]:
     return {end: column for column, (start, end) in enumerate(offsets) if column >= prefix and end > start}
 
 
+def prefixes(texts: Sequence[Text], ends: Sequence[Sequence[int]] | None) -> list[Text]:
+    """What a model has read at each row of its states: each text up to each of its `ends`, and then the whole text.
+
+    Args:
+        texts: as they were read.
+        ends: what `shared_ends` gives; None where each text has one row.
+    """
+    if ends is None:
+        return list(texts)
+    return [
+        text if end is None else text[:end] for text, mine in zip(texts, ends, strict=True) for end in (*mine, None)
+    ]
+
+
 def shared_ends(
     texts: Sequence[Text], tokenizers: Sequence[tuple[Any, int]], k: int, random_state: int = 0
 ) -> list[list[int]]:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny
 
+import evidence.anchor_grid as anchor_grid
 import evidence.arms
 import evidence.cell
 import evidence.models
@@ -21,9 +22,9 @@ import evidence.study
 import expertsteer_nnsight as es
 from evidence.__main__ import main
 from evidence.cell import Cell
-from evidence.concepts import ASKED, OPENINGS, REPORTING, SOURCES, TUNING, Data, concept
+from evidence.concepts import ASKED, OPENINGS, REPORTING, SOURCES, TUNING, WRITTEN, Data, concept
 from evidence.report import ahead, base_table, factor_table, filled, medians, publish, summary, tables
-from evidence.shares import WIDENED, Table, mean_over, one, over
+from evidence.shares import FEW, WIDENED, Table, mean_over, one, over
 from evidence.splits import Apart
 from evidence.study import Measuring, Results, run
 from expertsteer_nnsight import ExpertSteer, RidgeAligner, example
@@ -60,15 +61,17 @@ def small(monkeypatch):
     monkeypatch.setattr(evidence.arms, "recommended", ExpertSteer.recommended)
 
 
-def test_a_concepts_texts_are_in_one_place_only():
-    assert not set(TUNING) & set(REPORTING) and len(TUNING) <= len(TUNING + REPORTING) / 2
-    c = concept("sentiment", Data(None))
+@pytest.mark.parametrize("name", ["sentiment", *WRITTEN])
+def test_a_concepts_texts_are_in_one_place_only(name):
+    assert not {*TUNING, *WRITTEN} & set(REPORTING) and len(TUNING) <= len(TUNING + REPORTING) / 2
+    c = concept(name, Data(None))
     places = [{t for pair in c.pairs for t in pair}, {t for item in c.validation for t in item[1:]},
               {t for item in c.test for t in item[1:]}, set(c.in_domain)]  # fmt: skip
-    assert all(places) and len(set.union(*places)) == sum(map(len, places))
+    assert all(places[:3]) and len(set.union(*places)) == sum(map(len, places))
     apart = Apart()
     assert all(apart.take(text) for place in places[:3] for text in sorted(place))  # no near copies either
     assert not any(map(apart.near, places[3]))
+    assert len(c.pairs) >= 50 and len(c.test) >= 32 and not set.union(*places[:3]) & set(example("general"))
 
 
 def test_every_model_of_a_pair_can_be_made():
@@ -121,10 +124,10 @@ def test_the_study_goes_on_where_it_stopped_and_repeats_itself(small, tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-def test_every_factor_makes_its_arms(small, tmp_path):
+def test_every_factor_makes_its_arms(small, tmp_path, monkeypatch):
     cell = Cell("gemma-smol", evidence.study.concept("sentiment", Data(None)), example("general")[:60],
                 evidence.models.States(tmp_path))  # fmt: skip
-    measuring = Measuring(cell, Results(tmp_path / "results.jsonl"))
+    measuring = Measuring("gemma-smol", "sentiment", Results(tmp_path / "results.jsonl"))
     _, layers = evidence.arms.base(cell, 1)
     arms = list(evidence.arms.factors(cell, layers, measuring.neutral, measuring.has))
     factors = {a.factor for a in arms}
@@ -150,6 +153,16 @@ def test_every_factor_makes_its_arms(small, tmp_path):
     assert torch.equal(wider[0].plan.vectors[0].direction, plain.plan.vectors[0].direction) == (
         wider[0].plan.layers == plain.plan.layers
     )
+    monkeypatch.setattr(evidence.arms, "FEW_ANCHORS", 30)
+    some = list(evidence.arms.few(cell, measuring.has))
+    assert [a.who for a in some] == [a.who for a in wider] and {a.level for a in some} == {FEW}
+    assert not torch.equal(some[0].plan.vectors[0].direction, arms[0].plan.vectors[0].direction)
+    # further places are rows of their texts, for states and for text features
+    states, texts = cell.read("gemma"), cell.anchor_texts()
+    assert states.n_texts == len(texts) > 3 * len(cell.anchors)
+    rows = cell.read("gemma", texts=[3, 5])
+    assert set(rows.text_of or ()) == {3, 5} and rows.whole.n_texts == 2
+    assert torch.equal(rows.whole[1], cell.read("gemma", "ends alone")[1][[3, 5]])
     cell.concept.in_domain.clear()
     assert not list(evidence.arms.widened(cell, measuring.has))  # some concepts have no such texts
     measured = {k for k in keys if k[0] != "layers"}
@@ -316,6 +329,15 @@ def test_a_page_is_filled_with_tables_and_filling_it_again_changes_nothing(tmp_p
     assert page.read_text() == text
     unmet = [{**made[0], "met": False}, *made[1:]]
     assert Table(unmet).unmet == 1 and "1 arms met no KL budget" in summary(Table(unmet))
+    # tables of an earlier base, on the same page
+    page.write_text(
+        "<!-- table: earlier base p reporting -->\n<!-- end -->\n<!-- table: base p reporting -->\n<!-- end -->\n"
+    )
+    whole = [{**line, "effect": 3 * line["effect"], "items": [3 * x for x in line["items"]]} for line in made]
+    (tmp_path / "evidence" / "earlier.jsonl").write_text("".join(json.dumps(line) + "\n" for line in whole))
+    publish(made, page)
+    both = [tables(Table(x))["base p reporting"] for x in (whole, made)]
+    assert both[0] != both[1] and page.read_text().index(both[0]) < page.read_text().index(both[1])
     with pytest.raises(KeyError, match="base q"):
         filled("<!-- table: base q -->\n<!-- end -->", Table(made))
 
@@ -354,7 +376,7 @@ def test_openings_hold_no_labelled_text():
 
 
 def test_every_concept_has_its_instructions_and_its_question():
-    assert set(ASKED) == {*TUNING, *REPORTING} and all(len(v) == 5 and all(v) for v in ASKED.values())
+    assert set(ASKED) == {*TUNING, *REPORTING, *WRITTEN} and all(len(v) == 5 and all(v) for v in ASKED.values())
 
 
 @pytest.mark.real
@@ -363,3 +385,50 @@ def test_a_slice_of_the_study_runs_on_the_real_pair(tmp_path, capsys):
     main(["--slice", "--out", str(tmp_path), "--anchors", "100", "--draws", "1", "--items", "4"])
     out = capsys.readouterr().out
     assert "base gemma-smol tuning" in out and "judge gemma-smol tuning" in out and out.count("| sentiment | 4 |") == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_the_grid_of_anchors_fits_maps_on_rows_of_the_anchors_and_goes_on(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(anchor_grid, "model", evidence.models.model)
+    monkeypatch.setattr(anchor_grid, "ANCHORS", (20, 40))
+    monkeypatch.setattr(anchor_grid, "PLACES", (0, 2))
+    monkeypatch.setattr(anchor_grid, "UNTRAINED", {"ridge": ((20, 2),)})
+    monkeypatch.setattr(anchor_grid, "ALIGNERS", {"ridge": RidgeAligner()})
+    monkeypatch.setattr(anchor_grid, "CONCEPTS", ("sentiment",))
+    c = evidence.study.concept("sentiment", Data(None))
+    grid = anchor_grid.Grid("gemma-smol", example("general")[:50], {"sentiment": c}, tmp_path / "states")
+    states = grid.anchors("gemma")
+    rows = grid.rows(20, 2)
+    counts = np.bincount([states.text_of[i] for i in rows])
+    assert (counts > 0).sum() == 20 and counts.max() == 3 and len(grid.rows(20, 0)) == 20
+    # the same as reading the texts at those places
+    ends = anchor_grid.shared_ends(grid.texts, grid.known, 2)
+    read = es.collect(evidence.models.model("gemma"), grid.texts, list(states.layers), ends=ends, progress=False)
+    mine = [i for i, text in enumerate(read.text_of) if counts[text : text + 1].sum()]
+    torch.testing.assert_close(states[states.layers[0]][rows], read[states.layers[0]][mine])
+    results = Results(tmp_path / "anchors.jsonl")
+    anchor_grid.measure(grid, results)
+    whos = [line["who"] for line in results.lines]
+    assert whos.count("expert") == 4 and whos.count("untrained") == 2 and whos.count("native") == 1
+    assert all(abs(x - 1) < 1e-5 for line in results.lines if line["who"] == "native" for x in line["cosine"])
+    monkeypatch.setattr(evidence.study, "either_sign", lambda *a, **k: pytest.fail("measured again"))
+    anchor_grid.measure(grid, Results(tmp_path / "anchors.jsonl"))
+    page = tmp_path / "anchors.md"
+    page.write_text("<!-- table: ridge gemma-smol -->\n<!-- end -->\n")
+    anchor_grid.main(["--redraw", "--out", str(tmp_path), "--publish", str(page)])
+    assert "| 20 | " in page.read_text() and (tmp_path / "anchors" / "anchors.png").stat().st_size > 5000
+    stored = (tmp_path / "anchors" / "anchors.jsonl").read_text()
+    assert stored == (tmp_path / "anchors.jsonl").read_text()
+    with pytest.raises(SystemExit):
+        anchor_grid.main(["--redraw", "--out", str(tmp_path / "none")])
+
+
+def test_the_cosine_is_told_beside_the_share_that_it_predicts():
+    def line(who, cosine, effect):
+        return {"pair": "p", "concept": "c", "factor": "f", "level": str((cosine, effect)), "who": who, "draw": 0,
+                "cosine": [cosine], "effect": effect, "items": [effect]}  # fmt: skip
+
+    made = [line("native", 1.0, 2.0), *(line("expert", c, e) for c, e in ((0.65, 2.0), (0.62, 3.0), (0.05, 0.2)))]
+    table = anchor_grid.tables(made)["cosine p"].splitlines()
+    assert "| -1 to 0.1 | 1 | 0.10 [" in table[2] and table[2].endswith("| 100% |")
+    assert "| 0.6 to 0.7 | 2 | 1.25 [" in table[3] and table[3].endswith("| 0% |")
