@@ -416,11 +416,26 @@ def test_the_grid_of_anchors_fits_maps_on_rows_of_the_anchors_and_goes_on(small,
     page = tmp_path / "anchors.md"
     page.write_text("<!-- table: ridge gemma-smol -->\n<!-- end -->\n")
     anchor_grid.main(["--redraw", "--out", str(tmp_path), "--publish", str(page)])
-    assert "| 20 | " in page.read_text() and (tmp_path / "anchors" / "anchors.png").stat().st_size > 5000
+    assert (
+        "| anchors | 0 further places | 2 further places |" in page.read_text()
+        and (tmp_path / "anchors" / "anchors.png").stat().st_size > 5000
+    )
     stored = (tmp_path / "anchors" / "anchors.jsonl").read_text()
     assert stored == (tmp_path / "anchors.jsonl").read_text()
     with pytest.raises(SystemExit):
         anchor_grid.main(["--redraw", "--out", str(tmp_path / "none")])
+
+
+def test_a_grids_tables_are_shares_of_the_native_effect():
+    def line(who, factor, level, effect):
+        return {"pair": "p", "concept": "sentiment", "factor": factor, "level": level, "who": who, "draw": 0, "cosine": [effect / 2],
+                "effect": effect, "items": 8 * [effect]}  # fmt: skip
+
+    made = [line("native", "native", "native", 2.0), line("expert", "ridge", anchor_grid.level(300, 2), 1.0),
+            line("untrained", "ridge", anchor_grid.level(300, 6), 0.2)]  # fmt: skip
+    found = anchor_grid.tables(made)
+    assert "| 300 |  | 0.50 [0.50, 0.50] |" in found["ridge p"]
+    assert "| 300 |  |  |  | 0.10 [0.10, 0.10] |" in found["untrained, ridge p"]
 
 
 def test_the_cosine_is_told_beside_the_share_that_it_predicts():
