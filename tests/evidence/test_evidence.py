@@ -428,8 +428,8 @@ def test_the_grid_of_anchors_fits_maps_on_rows_of_the_anchors_and_goes_on(small,
 
 def test_a_grids_tables_are_shares_of_the_native_effect():
     def line(who, factor, level, effect):
-        return {"pair": "p", "concept": "sentiment", "factor": factor, "level": level, "who": who, "draw": 0, "cosine": [effect / 2],
-                "effect": effect, "items": 8 * [effect]}  # fmt: skip
+        return {"pair": "p", "concept": "sentiment", "factor": factor, "level": level, "who": who, "draw": 0,
+                "cosine": [effect / 2], "effect": effect, "items": 8 * [effect]}  # fmt: skip
 
     made = [line("native", "native", "native", 2.0), line("expert", "ridge", anchor_grid.level(300, 2), 1.0),
             line("untrained", "ridge", anchor_grid.level(300, 6), 0.2)]  # fmt: skip
