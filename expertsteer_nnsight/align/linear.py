@@ -31,19 +31,31 @@ def quick_svd(X: Tensor, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
     That is several times as fast, and leaves out what lies below 1e-7 of the largest singular value. `exact` keeps to the SVD.
     """
-    n, d = X.shape
-    if exact or n < 2 * d or d < 64:
+    if exact or not _tall(X):
         return thin_svd(X)
+    s, Vt = _right_svd(X)
+    return (X @ Vt.T) / s, s, Vt
+
+
+def _tall(X: Tensor) -> bool:
+    n, d = X.shape
+    return n >= 2 * d and d >= 64
+
+
+def _right_svd(X: Tensor) -> tuple[Tensor, Tensor]:
+    """`s, Vt` from the eigenvectors of XᵀX."""
     values, vectors = torch.linalg.eigh(X.T @ X)
     keep = torch.nonzero(values > 1e-14 * values[-1])[:, 0].flip(0)
-    s, V = values[keep].sqrt(), vectors[:, keep]
-    return (X @ V) / s, s, V.T
+    return values[keep].sqrt(), vectors[:, keep].T
 
 
 def projected(X: Tensor, Y: Tensor, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`s, Vt, UᵀY` of `quick_svd(X)`; a penalty hides what that leaves out."""
-    U, s, Vt = quick_svd(X, exact)
-    return s, Vt, U.T @ Y
+    if exact or not _tall(X):
+        U, s, Vt = thin_svd(X)
+        return s, Vt, U.T @ Y
+    s, Vt = _right_svd(X)
+    return s, Vt, Vt @ (X.T @ Y) / s[:, None]  # without U, which would be as large as X
 
 
 def gcv_errors(s: Tensor, projected: Tensor, Y: Tensor, penalties: Tensor) -> Tensor:

@@ -136,13 +136,18 @@ def collect(
             total=len(texts), initial=kept, desc=label, unit="text", disable=not progress or kept == len(texts)
         ) as bar:
             unsaved: list[dict[str, Tensor]] = []
+            memory: dict[str, Tensor] = {}
             count = 0
             for batch in batches(todo, most, lengths, tokens):
                 rows = [row for i in batch for row in range(first_row[i], first_row[i + 1])]
-                unsaved.append({**read(batch, bar), "index": torch.tensor(rows)})
+                part = read(batch, bar)
                 bar.update(len(batch))
+                if folder is None:
+                    _fill(memory, part, rows, n_rows)
+                    continue
+                unsaved.append({**part, "index": torch.tensor(rows)})
                 count += len(batch)
-                if folder is not None and (count >= shard_size or batch[-1] == todo[-1]):
+                if count >= shard_size or batch[-1] == todo[-1]:
                     write_shard(folder, joined(unsaved))
                     kept, count, unsaved = kept + count, 0, []
             bar.set_postfix_str("")
@@ -152,11 +157,15 @@ def collect(
             return found
         if folder is not None:
             memory = {f"{kind}.{i}": found._read(f"{kind}.{i}") for i in chosen for kind in ("layer", "norm")}
-        else:
-            memory = joined(unsaved)
-            back = memory.pop("index").argsort()
-            memory = {key: value[back] for key, value in memory.items()}
     return Activations(identity, chosen, n_rows, rule, None, memory, of)
+
+
+def _fill(memory: dict[str, Tensor], part: dict[str, Tensor], rows: list[int], n_rows: int) -> None:
+    """Puts a batch into its rows of what is made at the first one: joined at the end, there would be three copies of it all."""
+    for key, value in part.items():
+        if key not in memory:
+            memory[key] = value.new_empty((n_rows, *value.shape[1:]))
+        memory[key][rows] = value
 
 
 def _with_ends(
