@@ -86,8 +86,9 @@ def states(name: str, texts: str, preset: str = "recommended") -> es.Activations
 
 
 def plan() -> es.SteeringPlan:
-    """The shared plan; fitted if it is not in the cache."""
-    key = texts_hash([es.__version__, *pairs().texts, *anchors(), *neutral()])[:12]
+    """The shared plan; fitted if it is not in the cache with these texts and settings."""
+    settings = str(es.ExpertSteer.recommended().settings)
+    key = texts_hash([es.__version__, settings, *pairs().texts, *anchors(), *neutral()])[:12]
     path: Path = cache_folder() / "recipes" / f"plan-{key}.safetensors"
     if not path.exists():
         fitted = es.ExpertSteer.recommended().fit(expert(), target(), pairs(), anchors(), cache=cache())
