@@ -113,7 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("       recover of the effect     remove of the effect")
     print("layer " + "  ".join(f"{g:>6}" for g in GROUPS) + "    " + "  ".join(f"{g:>6}" for g in GROUPS))
     for i, layer in enumerate(layers):
-        sides = ["  ".join(f"{float(x):6.1%}" for x in side[:, i]) for side in (found.recovered, found.removed)]
+        # + 0.0: what rounds to zero from below would print a minus
+        sides = [
+            "  ".join(f"{round(float(x), 3) + 0.0:6.1%}" for x in side[:, i])
+            for side in (found.recovered, found.removed)
+        ]
         print(f"{layer:>5} " + "    ".join(sides))
     print(
         "\nRead: `last` is the last prompt token, `prompt` all before it. Steered states at the prompt tokens recover what later"
