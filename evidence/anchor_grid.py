@@ -10,6 +10,7 @@ budget are the same for all, so that the map alone differs.
 from __future__ import annotations
 
 import argparse
+import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -99,7 +100,8 @@ class Grid:
             identity = ModelIdentity.of(model(who))
             layers, _ = es.ExpertSteer.recommended().wanted_layers(identity, identity)
             where = self.folder / f"{self.pair}-{who}-{what}"
-            self.kept[who, what] = es.collect(model(who), texts, layers, ends=ends, cache=where, progress=False)
+            found = es.collect(model(who), texts, layers, ends=ends, cache=where, progress=False)
+            self.kept[who, what] = found.take(slice(None))  # from the disk once, not for every setting
         return self.kept[who, what]
 
     def rows(self, anchors: int, places: int) -> list[int]:
@@ -280,9 +282,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n\n".join(f"{name}\n\n{text}" for name, text in made.items()))
     if args.publish:
         text = filled_with(args.publish.read_text(), made)
-        kept = Results(args.publish.with_suffix("") / "anchors.jsonl")
-        kept.add([line for line in lines if Results.key(line) not in kept.keys])
-        draw(lines, args.publish.with_suffix("") / "anchors.png")
+        folder = args.publish.with_suffix("")
+        draw(lines, folder / "anchors.png")
+        # anew: lines of an earlier grid must not stay beside these
+        (folder / "anchors.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         args.publish.write_text(text)
 
 

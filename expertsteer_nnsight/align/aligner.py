@@ -35,7 +35,7 @@ def ordinary_rows(*sides: Float[Tensor, "anchor _"]) -> Bool[Tensor, " anchor"]:
     """Which anchors to fit a map on: those without a massive activation in any model, `[anchor]`.
 
     At a few tokens, mostly the first ones, a model has activations of a hundred times the usual norm, which say nothing of
-    the text (Sun et al., 2024, arXiv 2402.17762). Four among ten thousand rows turn a least-squares map.
+    the text (Sun et al., 2024, arXiv 2402.17762). A few such rows turn a least-squares map.
 
     Args:
         sides: activations of the same anchors in each model, `[anchor, hidden]`.

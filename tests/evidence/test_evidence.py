@@ -420,6 +420,8 @@ def test_the_grid_of_anchors_fits_maps_on_rows_of_the_anchors_and_goes_on(small,
         "| anchors | 0 further places | 2 further places |" in page.read_text()
         and (tmp_path / "anchors" / "anchors.png").stat().st_size > 5000
     )
+    (tmp_path / "anchors" / "anchors.jsonl").write_text('{"pair": "of an earlier grid"}\n')
+    anchor_grid.main(["--redraw", "--out", str(tmp_path), "--publish", str(page)])
     stored = (tmp_path / "anchors" / "anchors.jsonl").read_text()
     assert stored == (tmp_path / "anchors.jsonl").read_text()
     with pytest.raises(SystemExit):

@@ -12,6 +12,8 @@ from sklearn.base import clone
 from tiny import PROMPTS, build, tiny
 
 import expertsteer_nnsight as es
+from expertsteer_nnsight.directions.find import find_direction
+from expertsteer_nnsight.fit.control_arms import control_arms
 from expertsteer_nnsight.models.identity import ModelIdentity
 from expertsteer_nnsight.texts.labelled import LabelledTexts
 from expertsteer_nnsight.texts.texts import texts_hash
@@ -78,8 +80,6 @@ def test_massive_activations_do_not_turn_the_map(space):
     raw = es.RidgeAligner().fit(longer[1], spoilt[2])
     assert abs(cosine(raw.map_direction(labelled[1][0] - labelled[1][1], "displacement"), truth[2])) < 0.9
     # the shuffled anchors of the control are ordinary ones too
-    from expertsteer_nnsight.fit.control_arms import control_arms
-
     found = [
         control_arms(s, labelled, y, a, b, draws=3)["permuted"] for s, a, b in ((steer, e, t), (other, longer, spoilt))
     ]
@@ -97,8 +97,18 @@ def test_the_cosine_with_the_targets_own_direction_tells_whether_the_map_carries
     for told, untold in zip(plan.vectors, blind.vectors, strict=True):
         assert torch.equal(told.direction, untold.direction)
     assert [p["native_cosine"] for p in blind.info["pairs"]] == [None, None]
+    # with the direction of the control that steers with it
+    native = control_arms(steer, labelled, y, e, t, labelled_target=own, draws=0)["native"]
+    assert isinstance(native, es.SteeringPlan)
+    by_layer = {p["target_layer"]: p["native_cosine"] for p in plan.info["pairs"]}
+    for mine, other in zip(plan.vectors, native.vectors, strict=True):
+        assert by_layer[mine.layer] == pytest.approx(cosine(mine.direction, other.direction), abs=1e-6)
     assert min(p["native_cosine"] for p in plan.info["pairs"]) > 0.85
     assert "unlikely to steer" not in str(plan) and "unlikely to steer" not in str(blind)
+    if preset == "in_domain":  # the target's own readout goes through the target's own covariance
+        found = find_direction(own[1], y, "lda", folds=0)
+        by_hand = es.CovarianceAligner().fit(t[1], t[1]).map_direction(found.vector, found.space)
+        assert cosine(native.vectors[0].direction, by_hand) > 1 - 1e-6 > cosine(found.vector, by_hand)
     # anchors whose rows do not go together
     order = torch.randperm(2000, generator=torch.Generator().manual_seed(1))
     lost = steer.fit_activations(labelled, y, {i: x[order] for i, x in e.items()}, t, labelled_target=own)
