@@ -439,12 +439,17 @@ class ExpertSteer(BaseEstimator):
     def _native_cosine(
         self, v: Tensor, own: Tensor | None, labels: Any, groups: Any, target_anchors: Tensor
     ) -> float | None:
-        """Cosine of a vector with the direction that the same method finds in the target's `own` states; None without these."""
+        """Cosine of a vector with the direction that the same method finds in the target's `own` states; None without one."""
         if own is None:
             return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of the target's direction, which the plan does not use
-            found = find_direction(own, labels, self.direction, self.kind, groups, self.random_state, folds=0)
+        # a user's own function may know the expert's width alone; the plan does not need the target's direction
+        unusable = Exception if callable(self.direction) else ValueError
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                found = find_direction(own, labels, self.direction, self.kind, groups, self.random_state, folds=0)
+        except unusable:
+            return None
         unmapped = native_aligner(self.aligner).fit(target_anchors, target_anchors)
         native = torch.as_tensor(unmapped.map_direction(found.vector, found.space))
         return float(torch.cosine_similarity(v.double().cpu(), native.double().cpu().reshape(-1, len(v))[0], dim=0))

@@ -124,6 +124,28 @@ def test_a_plan_whose_vectors_are_not_the_targets_says_so():
     assert re.search(r"unlikely to steer: its cosine with the target's own direction is -(0\.9|1\.0)", str(plan))
 
 
+def test_a_direction_that_knows_the_experts_width_alone_has_no_cosine():
+    labelled, y, e, t, truth = planted()
+    own = own_states(t, truth, y)
+    width = labelled[1].shape[1]
+    known = torch.linalg.lstsq(e[1] - e[1].mean(0), t[2] - t[2].mean(0)).solution @ truth[2].to(e[1].dtype)
+
+    def by_index(x, labels):  # fails where the states are narrower or wider than the expert's
+        if x.shape[1] != width:
+            raise IndexError("these are not the expert's states")
+        return known
+
+    for direction in (by_index, lambda x, labels: known):
+        steer = es.ExpertSteer(es.RidgeAligner(), layers=[(1, 2)], direction=direction)
+        plan = steer.fit_activations(labelled, y, e, t, labelled_target=own)
+        assert plan.info["pairs"][0]["native_cosine"] is None and "unlikely to steer" not in str(plan)
+    # labels that tell nothing in the target: its states are all the same
+    plan = es.ExpertSteer(es.RidgeAligner(), layers=[(1, 2)]).fit_activations(
+        labelled, y, e, t, labelled_target={2: torch.ones_like(own[2])}
+    )
+    assert plan.info["pairs"][0]["native_cosine"] is None
+
+
 def test_presets_with_and_without_further_places_share_a_cache(tmp_path):
     expert, target = tiny("llama"), tiny("gpt2")
     for preset in (es.ExpertSteer.paper, es.ExpertSteer.recommended, es.ExpertSteer.in_domain):
