@@ -129,7 +129,8 @@ class Grid:
         for pair in self.pairs:
             x, y = self.anchors(who)[pair.expert][rows], self.anchors(self.target)[pair.target][rows]
             ordinary = ordinary_rows(x, y)
-            aligner: Any = clone(ALIGNERS[name]).fit(x[ordinary], y[ordinary])
+            aligner: Any = clone(ALIGNERS[name])
+            aligner.fit(x[ordinary], y[ordinary])
             for concept_name in self.concepts:
                 v = aligner.map_direction(self.difference(who, concept_name, pair.expert), "displacement")
                 self._add(vectors[concept_name], steps[concept_name], pair, concept_name, v)

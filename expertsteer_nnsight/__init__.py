@@ -25,8 +25,10 @@ _HOMES = {
     "find_direction": "directions.find",
     "Choices": "measure.effects",
     "Judged": "measure.effects",
+    "MultipleChoice": "measure.effects",
     "Words": "measure.effects",
     "ExpertSteer": "fit.expert_steer",
+    "LiveExpert": "fit.live_expert",
     "untrained_like": "models.untrained",
     "ContrastPairs": "texts.labelled",
     "LabelledTexts": "texts.labelled",
@@ -59,10 +61,12 @@ if TYPE_CHECKING:
     from .directions.find import find_direction as find_direction
     from .directions.rfm import RecursiveFeatureMachine as RecursiveFeatureMachine
     from .fit.expert_steer import ExpertSteer as ExpertSteer
+    from .fit.live_expert import LiveExpert as LiveExpert
     from .match.layer_matching import match_layers as match_layers
     from .measure.calibration import calibrate as calibrate
     from .measure.effects import Choices as Choices
     from .measure.effects import Judged as Judged
+    from .measure.effects import MultipleChoice as MultipleChoice
     from .measure.effects import Words as Words
     from .measure.measuring import receipt as receipt
     from .measure.receipts import Receipt as Receipt

@@ -55,6 +55,17 @@ def like(out: Tensor, reference: Any) -> Any:
     return out.cpu().numpy()
 
 
+def finite(v: Tensor, name: str) -> Tensor:
+    """`v` itself.
+
+    Raises:
+        ValueError: NaN or infinity in it.
+    """
+    if not torch.isfinite(v).all():
+        raise ValueError(f"{name} has NaN or infinity.")
+    return v
+
+
 def unit(v: Tensor, name: str = "direction") -> Tensor:
     """`v` divided by its norm along the last dimension.
 

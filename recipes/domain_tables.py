@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from expertsteer_nnsight.measure.receipts import interval
+from expertsteer_nnsight.measure.answers import compared, holm
 from expertsteer_nnsight.plotting import figure
 from recipes.domain_settings import Domain
 
@@ -27,17 +27,6 @@ def read_lines(path: Path) -> list[Line]:
     if cut:
         path.write_text(whole + "\n" if whole else "")
     return [json.loads(line) for line in whole.splitlines()]
-
-
-def compared(steered: Sequence[int], unsteered: Sequence[int]) -> Line:
-    """Difference of two accuracies on the same items, with a 95 % interval (paired bootstrap) and McNemar's exact p."""
-    from scipy.stats import binomtest
-
-    a, b = np.array(steered), np.array(unsteered)
-    gained, lost = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
-    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    difference, low, high = interval(a - b)
-    return {"difference": difference, "low": low, "high": high, "p": float(p)}
 
 
 def place(domain: Domain, args: Any) -> dict[str, str]:
@@ -75,11 +64,9 @@ def summary(lines: list[Line], domains: Sequence[Domain], args: Any) -> list[Lin
                 about = {k: line[k] for k in ("domain", "task", "arm", "draw", "dose", "n")}
                 base = of["unsteered", 0][metric]
                 rows.append({**about, "metric": metric, **accuracies, **compared(line[metric], base)})
-    own = sorted((row for row in rows if row["arm"] in OWN), key=lambda row: row["p"])
-    worst = 0.0
-    for place_, row in enumerate(own):
-        worst = max(worst, min(1.0, row["p"] * (len(own) - place_)))
-        row["holm"] = worst
+    own = [row for row in rows if row["arm"] in OWN]
+    for row, p in zip(own, holm([row["p"] for row in own]), strict=True):
+        row["holm"] = p
     return rows
 
 

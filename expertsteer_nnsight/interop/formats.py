@@ -33,6 +33,7 @@ def added(plan: SteeringPlan) -> dict[int, Float[Tensor, " hidden"]]:
         other = [f"op={v.op!r}"] if v.op != "add" else []
         other += [f"where={v.where!r}"] if v.where != "all" else []
         other += [f"vectors or strengths for {v.rows} rows"] if v.rows is not None else []
+        other += ["prompts that it was made for"] if plan.prompts is not None else []
         if other:
             raise ValueError(
                 f"Only a vector that is added at every position can be exported, but layer {v.layer} has {', '.join(other)}: "
@@ -159,10 +160,11 @@ def to_lm_eval(plan: SteeringPlan, path: str | Path, model: Any) -> Path:
     if Path(path).suffix != ".pt":
         raise ValueError(f"lm-eval tells the format by the ending .pt, and the file is to be {Path(path).name!r}.")
     plan.check(model)
-    clamps = [v for v in plan.vectors if v.op == "clamp" and v.where == "all" and v.rows is None]
+    free = [] if plan.prompts is not None else plan.vectors
+    clamps = [v for v in free if v.op == "clamp" and v.where == "all" and v.rows is None]
     rest = [v for v in plan.vectors if v not in clamps]
     steps: dict[int, tuple[str, Tensor, float]] = {v.layer: ("clamp", v.direction, float(v.length)) for v in clamps}
-    sums = added(SteeringPlan(rest)) if rest else {}
+    sums = added(SteeringPlan(rest, prompts=plan.prompts)) if rest else {}
     if len(steps) < len(clamps) or set(steps) & set(sums):
         raise ValueError(
             "lm-eval's steered model does one thing at a layer, and the plan has a clamp and another vector at one."

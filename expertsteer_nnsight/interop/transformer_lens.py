@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..models.positions import Positions, bridge_mask, prefix_of
 from ..steering.plan import SteeringPlan
-from ..steering.vectors import SteeringVector, needs_positions
+from ..steering.vectors import SteeringVector
 from .formats import plan_from
 
 Hook = tuple[str, Callable[..., Any]]
@@ -50,16 +50,15 @@ def hooks(plan: SteeringPlan, bridge: Any, any_id: bool = False) -> list[Hook]:
         )
     plan.check(_wrapped(bridge), any_id)
     prefix = prefix_of(module)
-    followed = _Followed(module.tokenizer, prefix) if any(needs_positions(v, prefix) for v in plan.vectors) else None
+    followed = _Followed(module.tokenizer, prefix) if plan.needs_positions(prefix) else None
     made: list[Hook] = [] if followed is None else [("embed.hook_in", followed)]
-    return made + [(f"blocks.{v.layer}.hook_out", partial(_edit, vector=v, followed=followed)) for v in plan.vectors]
+    return made + [
+        (f"blocks.{v.layer}.hook_out", partial(_edit, plan=plan, vector=v, followed=followed)) for v in plan.vectors
+    ]
 
 
-def _edit(h: Tensor, hook: Any, vector: SteeringVector, followed: _Followed | None) -> Tensor:
-    if followed is None or followed.positions is None:
-        return vector.edit(h)
-    mask = followed.positions.mask(vector.where, vector.from_step, vector.skip_special)
-    return vector.edit(h, mask.to(h.device))
+def _edit(h: Tensor, hook: Any, plan: SteeringPlan, vector: SteeringVector, followed: _Followed | None) -> Tensor:
+    return plan.steered(vector, h, None if followed is None else followed.positions)
 
 
 class _Followed:

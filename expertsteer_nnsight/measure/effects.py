@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..steering.plan import SteeringPlan
-from ..texts.texts import Text, tokenizer_of
+from ..texts.texts import Text, encode_continued, tokenizer_of
 from .rollouts import completions, rollouts
 from .rows import Encoded, log_odds
-from .scoring import encoded, in_rows, likelihoods
+from .scoring import ByText, by_text, encoded, in_rows, likelihoods
 
 if TYPE_CHECKING:
     from ..ndif.host import Remote
@@ -44,7 +44,7 @@ class Effect(Protocol):
     def score(
         self,
         model: Any,
-        plans: Sequence[SteeringPlan],
+        plans: Sequence[SteeringPlan | ByText],
         *,
         rows: int | None = None,
         remote: bool | str | Remote = False,
@@ -54,7 +54,7 @@ class Effect(Protocol):
 
         Args:
             model: the target.
-            plans: those to score, at their own strengths.
+            plans: those to score, at their own strengths; what steers each text in its own way, such as a `LiveExpert`, too.
             rows: plans a forward (`scoring.in_rows`); as many as fit into memory if None.
             remote: True, "http://...", or a `Remote`: run on NDIF.
             progress: show a progress bar.
@@ -118,7 +118,7 @@ class Words(_OfPrompts):
     def score(
         self,
         model: Any,
-        plans: Sequence[SteeringPlan],
+        plans: Sequence[SteeringPlan | ByText],
         *,
         rows: int | None = None,
         remote: bool | str | Remote = False,
@@ -137,7 +137,8 @@ class Words(_OfPrompts):
             )
         texts = [text._replace(prompt=len(text.ids)) for text in encoded(model, list(self.prompts))]
         settings: dict[str, Any] = {"rows": rows, "remote": remote, "progress": progress, "label": "effect on prompts"}
-        found = in_rows(model, plans, texts, [1] * len(texts), log_odds(up, down), **settings)
+        steering = by_text(plans, self.prompts)
+        found = in_rows(model, steering, texts, [1] * len(texts), log_odds(up, down), **settings)
         return torch.stack([score for (score,) in found], 1)
 
 
@@ -207,7 +208,7 @@ class Choices:
     def score(
         self,
         model: Any,
-        plans: Sequence[SteeringPlan],
+        plans: Sequence[SteeringPlan | ByText],
         *,
         rows: int | None = None,
         remote: bool | str | Remote = False,
@@ -218,11 +219,111 @@ class Choices:
         Raises:
             ValueError: a text of no tokens that the model predicts, or a plan with strengths a row.
         """
-        known = [_continued(model, prompt, text) for prompt, *both in self.items for text in both]
-        found = likelihoods(model, plans, known, rows=rows, remote=remote, progress=progress)
+        asked = [(prompt, text) for prompt, *both in self.items for text in both]
+        known = [_continued(model, prompt, text) for prompt, text in asked]
+        steering = by_text(plans, [prompt for prompt, _ in asked], [text for _, text in asked])
+        found = likelihoods(model, steering, known, rows=rows, remote=remote, progress=progress)
         if self.per_token:
             found = found / torch.tensor([len(text.ids) - text.prompt for text in known])
         return found[:, 0::2] - found[:, 1::2]
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """Questions with several options, one of which is right.
+
+    The score is the log-likelihood of the right option minus that of the best wrong one, so a question is answered rightly
+    where it is above 0, and the mean of `score > 0` is the accuracy (lm-eval's `acc_norm` with `per="character"`, `acc` with
+    `per="text"`).
+
+    Attributes:
+        items: (prompt, options, number of the right option, from 0); options usually begin with a space.
+        per: what a log-likelihood is divided by: the option's length in `character`s (without the space before it) or `token`s,
+            or nothing (`text`).
+
+    Raises:
+        ValueError: no items, an item of fewer than two options or whose right one is none of them, or an unknown `per`.
+    """
+
+    items: Sequence[tuple[Text, Sequence[str], int]]
+    per: str = "character"
+
+    def __post_init__(self) -> None:
+        items = tuple((prompt, tuple(options), int(right)) for prompt, options, right in self.items)
+        if not items:
+            raise ValueError("MultipleChoice needs items, but there are none.")
+        for number, (_, options, right) in enumerate(items):
+            if len(options) < 2 or not 0 <= right < len(options):
+                raise ValueError(
+                    f"Item {number} has {len(options)} options, and number {right} is to be the right one: give two or more, "
+                    "counted from 0."
+                )
+        if self.per not in ("character", "token", "text"):
+            raise ValueError(f'per is {self.per!r}: it must be "character", "token" or "text".')
+        object.__setattr__(self, "items", items)
+
+    @property
+    def unit(self) -> str:
+        """Of the score."""
+        return "nats" if self.per == "text" else f"nats a {self.per}"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: slice) -> MultipleChoice:
+        return replace(self, items=self.items[key])
+
+    def instructed(self, instruction: str) -> MultipleChoice:
+        """The same with an instruction before every prompt."""
+        return replace(self, items=[(_told(p, instruction), options, right) for p, options, right in self.items])
+
+    def options(
+        self,
+        model: Any,
+        plans: Sequence[SteeringPlan | ByText],
+        *,
+        rows: int | None = None,
+        remote: bool | str | Remote = False,
+        progress: bool = False,
+    ) -> list[Tensor]:
+        """For each item the log-likelihoods `[1 + plan, option]`, in `unit`; row 0 is unsteered. Arguments as in `Effect.score`.
+
+        Raises:
+            ValueError: an option of no tokens that the model predicts, or a plan with strengths a row.
+        """
+        asked = [(prompt, option) for prompt, options, _ in self.items for option in options]
+        known = [_continued(model, prompt, text) for prompt, text in asked]
+        steering = by_text(plans, [prompt for prompt, _ in asked], [text for _, text in asked])
+        found = likelihoods(model, steering, known, rows=rows, remote=remote, progress=progress)
+        length = {
+            "character": [len(text.removeprefix(" ")) for _, text in asked],
+            "token": [len(text.ids) - text.prompt for text in known],
+            "text": [1] * len(asked),
+        }[self.per]
+        return list((found / torch.tensor(length)).split([len(options) for _, options, _ in self.items], 1))
+
+    def score(
+        self,
+        model: Any,
+        plans: Sequence[SteeringPlan | ByText],
+        *,
+        rows: int | None = None,
+        remote: bool | str | Remote = False,
+        progress: bool = False,
+    ) -> Tensor:
+        """How far the right option is ahead `[1 + plan, item]`, in `unit`; row 0 is unsteered. Arguments as in `Effect.score`.
+
+        Raises:
+            ValueError: as `options`.
+        """
+        found = self.options(model, plans, rows=rows, remote=remote, progress=progress)
+        return torch.stack([ahead(x, right) for x, (_, _, right) in zip(found, self.items, strict=True)], 1)
+
+
+def ahead(options: Tensor, right: int) -> Tensor:
+    """How far the right option is ahead of the best wrong one, `[row]`, from log-likelihoods `[row, option]`."""
+    wrong = torch.cat([options[:, :right], options[:, right + 1 :]], 1)
+    return options[:, right] - wrong.amax(1)
 
 
 def _continued(model: Any, prompt: Text, text: str) -> Encoded:
@@ -232,12 +333,7 @@ def _continued(model: Any, prompt: Text, text: str) -> Encoded:
         # without a token before it nothing predicts the first one
         made = whole._replace(prompt=max(1, whole.prefix))
     else:
-        (start,) = encoded(model, [prompt])
-        (whole,) = encoded(model, [prompt + text]) if isinstance(prompt, str) else [start]
-        if len(whole.ids) == len(start.ids) or whole.ids[: len(start.ids)] != start.ids:
-            more = tokenizer_of(model)(text, add_special_tokens=False)["input_ids"]
-            whole = start._replace(ids=[*start.ids, *more])
-        made = whole._replace(prompt=len(start.ids))
+        made = Encoded(*encode_continued(tokenizer_of(model), prompt, text))
     if len(made.ids) <= made.prompt:
         raise ValueError(f"The text {text!r:.60} has no token that the model predicts: give a longer one.")
     return made
@@ -271,7 +367,7 @@ class Judged(_OfPrompts):
     def score(
         self,
         model: Any,
-        plans: Sequence[SteeringPlan],
+        plans: Sequence[SteeringPlan | ByText],
         *,
         rows: int | None = None,
         remote: bool | str | Remote = False,
@@ -284,7 +380,8 @@ class Judged(_OfPrompts):
         """
         found = []
         for plan in (None, *plans):
-            made = rollouts(model, list(self.prompts), plan, self.max_new_tokens, remote=remote)
+            one = plan.plan(self.prompts) if isinstance(plan, ByText) else plan
+            made = rollouts(model, list(self.prompts), one, self.max_new_tokens, remote=remote)
             scores = torch.as_tensor(self.judge(completions(model, made)), dtype=torch.float32).flatten()
             if len(scores) != len(self):
                 raise ValueError(f"The judge gave {len(scores)} scores for {len(self)} texts: it must give one each.")

@@ -34,23 +34,31 @@ def rollouts(
     Args:
         model: the target.
         prompts: strings or chat messages.
-        plan: steers the generation, on every step; None for none.
+        plan: steers the generation, on every step; None for none. One with a row for each prompt will do.
         max_new_tokens: 0 gives the prompts back.
         batch_size: prompts a forward.
         do_sample: draw tokens, as the model's generation settings say, instead of taking the most likely.
         remote: True, "http://...", or a `Remote`: run on NDIF.
+
+    Raises:
+        ValueError: a plan with rows for another number of prompts.
     """
     texts = [text._replace(prompt=len(text.ids)) for text in encoded(model, prompts)]
     if max_new_tokens < 1:
         return texts
     host = host_of(remote)
-    steered = model if plan is None else plan.attach(model)
+    by_row = plan is not None and plan.n_rows is not None
+    if plan is not None and by_row and plan.n_rows != len(texts):
+        raise ValueError(f"The plan has a row for each of {plan.n_rows} prompts, but {len(texts)} were given.")
+    steered = model if plan is None or by_row else plan.attach(model)
     tokenizer = tokenizer_of(model)
     ends = {tokenizer.eos_token_id, *_as_list(model._module.generation_config.eos_token_id)} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     found: list[Encoded] = []
     for start in range(0, len(texts), batch_size):
         batch = texts[start : start + batch_size]
+        if plan is not None and by_row:
+            steered = plan.take(range(start, start + len(batch))).attach(model)
         width = max(len(text.ids) for text in batch)
         gaps = [width - len(text.ids) for text in batch]
         ids = torch.tensor([[pad] * gap + text.ids for gap, text in zip(gaps, batch, strict=True)])

@@ -110,7 +110,8 @@ def one_text(
     tokens = torch.tensor([text.ids] * rows)
     state = _shared_states(model, residual, text.ids, first - 1, stop) if first > 0 else None
     skipped = [] if state is None else [(residual.layers[i], state) for i in range(first)]
-    lengths = [text.prompt] * rows if any(v.where == "completion" for v in steered.vectors) else None
+    border = any(v.where in ("completion", "last_prompt") for v in steered.vectors)
+    lengths = [text.prompt] * rows if border else None
     call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
     if can_keep:
         call["logits_to_keep"] = keep
@@ -127,16 +128,16 @@ def one_text(
 def job(
     model: Any,
     backend: Any,
-    steered: SteeringPlan,
+    steered: list[SteeringPlan],
     texts: list[Encoded],
     keeps: list[int],
     rows: int,
     reduce: Reduce,
     can_keep: bool,
 ) -> list[list[Tensor]]:
-    """`one_text` of every text, in one remote job."""
+    """`one_text` of every text with its plan, in one remote job."""
     with model.session(backend=backend):
         found = nnsight.save([])
-        for text, keep in zip(texts, keeps, strict=True):
-            found.append(one_text(model, steered, text, keep, rows, reduce, can_keep, False))
+        for plan, text, keep in zip(steered, texts, keeps, strict=True):
+            found.append(one_text(model, plan, text, keep, rows, reduce, can_keep, False))
     return found

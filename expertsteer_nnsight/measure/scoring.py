@@ -10,10 +10,9 @@ server: it is one number a token, where the logits would be one for each entry o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from inspect import signature
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,13 +22,15 @@ from ..models.positions import affixes
 from ..models.residual import Residual, config_of
 from ..ndif.argument import host_of
 from ..states.forward import batches
-from ..steering.plan import SteeringPlan
+from ..steering.plan import SteeringPlan, stack_plans
 from ..steering.vectors import SteeringVector
-from ..texts.texts import as_texts, encode, tokenizer_of
+from ..texts.texts import Text, as_texts, encode, tokenizer_of
 from .rows import Encoded, Reduce, job, one_text, row_costs, row_likelihoods
 
 if TYPE_CHECKING:
     from ..ndif.host import Remote
+
+Steering: TypeAlias = SteeringPlan | Sequence[SteeringPlan]  # the same for all texts, or one for each
 
 
 def encoded(model: Any, texts: Any) -> list[Encoded]:
@@ -42,30 +43,34 @@ def encoded(model: Any, texts: Any) -> list[Encoded]:
     return [Encoded(ids, prefix, prefix + 1) for ids, prefix in rows]
 
 
-def _kind(plan: SteeringPlan) -> tuple[Any, ...]:
+@runtime_checkable
+class ByText(Protocol):
+    """What steers each text in its own way, such as a `LiveExpert`."""
+
+    def for_texts(self, prompts: Sequence[Text], continuations: Sequence[str] | None = None) -> list[SteeringPlan]:
+        """A plan for each prompt with its continuation, without rows and prompts of its own; `given` places have one row."""
+        ...
+
+    def plan(self, prompts: Sequence[Text]) -> SteeringPlan:
+        """One plan with a row for each prompt."""
+        ...
+
+
+def by_text(
+    plans: Sequence[SteeringPlan | ByText], prompts: Sequence[Text], continuations: Sequence[str] | None = None
+) -> list[Steering]:
+    """Plans as they are, and of what steers each text in its own way a list of plans, one a text."""
+    return [plan if isinstance(plan, SteeringPlan) else plan.for_texts(prompts, continuations) for plan in plans]
+
+
+def _kind(plan: Steering) -> tuple[Any, ...]:
     """What plans must have in common to share a forward; their directions, strengths and residual norms may differ."""
-    return tuple((v.layer, v.op, v.where, v.from_step, v.skip_special) for v in plan.vectors)
+    first = plan if isinstance(plan, SteeringPlan) else plan[0]
+    return tuple(v.kind for v in first.vectors)
 
 
-def stack(plans: Sequence[SteeringPlan]) -> SteeringPlan:
-    """One plan with a row for each of `plans`, and an unsteered row before them.
-
-    Raises:
-        ValueError: they differ in layer, op or place, or are themselves per row.
-    """
-    kinds = {_kind(p) for p in plans}
-    if len(kinds) > 1 or any(v.rows is not None for p in plans for v in p.vectors):
-        raise ValueError(f"Plans share a forward only with the same layers, ops and places, and none per row: {kinds}.")
-    vectors = []
-    for place in range(len(plans[0].vectors)):
-        mine = [p.vectors[place] for p in plans]
-        first = mine[0]
-        # where norms differ, a row's strength is told in those of the first
-        share = [1.0 if v.op == "project_out" else (v.residual_norm or 1) / (first.residual_norm or 1) for v in mine]
-        strength = torch.tensor([0.0, *(float(v.strength) * s for v, s in zip(mine, share, strict=True))])
-        direction = torch.stack([first.direction, *(v.direction for v in mine)])
-        vectors.append(replace(first, direction=direction, strength=strength))
-    return SteeringPlan(vectors, plans[0].target)
+def _of_text(plan: Steering, text: int) -> SteeringPlan:
+    return plan if isinstance(plan, SteeringPlan) else plan[text]
 
 
 def _rows_that_fit(model: Any, length: int, rows: int | None, memory: float) -> int:
@@ -76,7 +81,7 @@ def _rows_that_fit(model: Any, length: int, rows: int | None, memory: float) -> 
 
 def in_rows(
     model: Any,
-    plans: Sequence[SteeringPlan],
+    plans: Sequence[Steering],
     texts: list[Encoded],
     keeps: list[int],
     reduce: Reduce,
@@ -92,7 +97,7 @@ def in_rows(
 
     Args:
         model: the target.
-        plans: one a row; with none, only the unsteered row is measured.
+        plans: one a row, the same for all texts or a list of one a text; with none, only the unsteered row is measured.
         texts: one forward each, for as many plans as fit.
         keeps: how many of each text's last tokens `reduce` sees, `[row, keep, vocabulary]` and `[keep]`.
         reduce: gives tensors with one entry a row; runs on the server if remote.
@@ -115,7 +120,10 @@ def in_rows(
     found: list[list[list[Tensor]]] = []
     with tqdm(total=len(chunks) * len(texts), desc=label, unit="forward", disable=not progress) as bar:
         for chunk in chunks:
-            steered = stack([plans[i] for i in chunk])
+            if all(isinstance(plans[i], SteeringPlan) for i in chunk):  # one object, which travels once
+                steered = [stack_plans([_of_text(plans[i], 0) for i in chunk], True)] * len(texts)
+            else:
+                steered = [stack_plans([_of_text(plans[i], k) for i in chunk], True) for k in range(len(texts))]
             count = len(chunk) + 1
             if host is not None:
                 with host.explained(f"Measuring {label}", "rows="):
@@ -124,8 +132,8 @@ def in_rows(
                 bar.update(len(texts))
             else:
                 mine = []
-                for text, keep in zip(texts, keeps, strict=True):
-                    mine.append(one_text(model, steered, text, keep, count, reduce, can_keep, True))
+                for plan, text, keep in zip(steered, texts, keeps, strict=True):
+                    mine.append(one_text(model, plan, text, keep, count, reduce, can_keep, True))
                     bar.update()
             found.append(mine)
     place = [0, *(1 + torch.tensor([i for c in chunks for i in c]).argsort()).tolist()]
@@ -167,7 +175,7 @@ def costs(
 
 def likelihoods(
     model: Any,
-    plans: Sequence[SteeringPlan],
+    plans: Sequence[Steering],
     texts: list[Encoded],
     *,
     rows: int | None = None,

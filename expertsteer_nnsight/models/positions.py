@@ -3,13 +3,14 @@
 A position belongs to the *completion* if its output predicts a new token, and to the *prompt* otherwise. The last
 prompt token, whose output predicts the first new one, is therefore the completion's first position, and every real
 position belongs to exactly one of the two. `from_step=k` keeps the completion from the position that predicts new
-token k on (0: the last prompt token; 1: the first generated token).
+token k on (0: the last prompt token; 1: the first generated token). *last_prompt* is that last prompt token alone.
 
 This module also runs on servers: torch and nnsight are all that it may need.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,6 @@ import torch
 from torch import Tensor
 
 from .tracing import current_step, in_step, passed, run_option
-
-WHERE = ("all", "prompt", "completion")
 
 
 def prefix_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -79,6 +78,7 @@ class Positions:
         step: 0 for the prompt's forward, s for the s-th decode step.
         past: number of cached positions before this forward.
         chunked: the prompt may come in several forwards.
+        ids: `[row, position]` token ids; None where the model was called with embeddings.
     """
 
     real: Tensor
@@ -87,6 +87,7 @@ class Positions:
     step: int
     past: int
     chunked: bool = False
+    ids: Tensor | None = None
 
     @classmethod
     def read(cls, model: Any, prefix: tuple[int, ...] | None = None) -> Positions:
@@ -160,7 +161,7 @@ class Positions:
         for k, token in enumerate(prefix):
             at = real & (index == k)
             special |= at if ids is None else at & (ids == token)
-        return cls(real, special, index, step, past, chunked)
+        return cls(real, special, index, step, past, chunked, ids)
 
     def only_rows(self, rows: Tensor) -> Positions:
         """The same with the rows alone that `rows` `[row]` (bool) names: no mask chooses the others, so they stay unsteered.
@@ -199,21 +200,40 @@ class Positions:
         """`[row, position]` bool: the positions that `where` names; never padding.
 
         Args:
-            where: "all", "prompt" or "completion".
+            where: "all", "prompt", "completion", or "last_prompt": the last prompt token alone, in the prompt's forward.
             from_step: of the completion, the first new token whose prediction counts.
             skip_special: leave out what the tokenizer prepends.
             prompt_lengths: `[row]`, in real tokens: where the completion of a teacher-forced row starts.
 
         Raises:
-            ValueError: not one length a row, or prompt and completion cannot be told apart (chunked prefill, assisted generation).
+            ValueError: not one length a row, prompt and completion cannot be told apart (chunked prefill, assisted generation),
+                or "given", whose places `columns` finds.
         """
+        if where == "given":
+            raise ValueError('The places of where="given" are a vector\'s own: find them with positions.columns(at).')
         chosen = self.real & ~self.prefix if skip_special else self.real
         if where == "all" and from_step == 0:
             return chosen
         step = self._completion_step(prompt_lengths)
         if where == "prompt":
             return chosen & (step < 0)
-        return chosen & (step >= from_step)
+        return chosen & (step == 0 if where == "last_prompt" else step >= from_step)
+
+    def columns(self, at: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Where this forward holds given tokens: row, column, and which of the places it is, all `[found]`.
+
+        Args:
+            at: for each row, token numbers counted from 0 over the row's real tokens, prepended ones too. What lies in another
+                forward (an earlier or later decode step) is left out.
+        """
+        row, token = (
+            torch.tensor([pair[k] for pair in ((n, t) for n, mine in enumerate(at) for t in mine)], dtype=torch.long,
+                         device=self.index.device)
+            for k in (0, 1)
+        )  # fmt: skip
+        here = (self.index[row] == token[:, None]) & self.real[row]
+        place, column = here.nonzero(as_tuple=True)
+        return row[place], column, place
 
 
 def bridge_mask(tokenizer: Any, tokens: Tensor, prepend_bos: bool) -> Tensor:

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-OPERATIONS = ("add", "add_keep_norm", "project_out", "clamp")
-WHERE = ("all", "prompt", "completion")
+BLENDS = ("blend", "innovation")  # which put in an activation where the others have a direction
+OPERATIONS = ("add", "add_keep_norm", "project_out", "clamp", *BLENDS)
+WHERE = ("all", "prompt", "completion", "last_prompt", "given")
 WEAK_R2 = 0.05  # of the variance: below it an aligner tells next to nothing
 WEAK_COSINE = (
     0.2  # of a mapped direction with the target's own: below it plans mostly have less than half of its effect
@@ -27,10 +28,11 @@ class VectorHeader:
     Attributes:
         strength: a number, or one for each row.
         rows: how many rows a batch must have, or None where every row gets the same.
-        layer, residual_norm, op, where, from_step, skip_special: as in `SteeringVector`.
+        layer, residual_norm, op, where, from_step, skip_special, at: as in `SteeringVector`.
 
     Raises:
-        ValueError: a strength that is not finite, a norm that is not positive, unknown op or where, a negative layer.
+        ValueError: a strength that is not finite, a norm that is not positive, unknown op or where, a negative layer, or places
+            without `where="given"` or the reverse.
     """
 
     layer: int
@@ -41,6 +43,7 @@ class VectorHeader:
     from_step: int
     skip_special: bool
     rows: int | None = None
+    at: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
@@ -58,6 +61,10 @@ class VectorHeader:
             raise ValueError(
                 f'from_step={self.from_step} counts new tokens: it needs where="completion" and must be >= 0.'
             )
+        if (self.at is None) == (self.where == "given"):
+            raise ValueError(f'where={self.where!r} with at={self.at!r:.40}: where="given" and at= need each other.')
+        if any(place < 0 or row.count(place) > 1 for row in self.at or () for place in row):
+            raise ValueError("The places in at= are token numbers from 0, each once a row.")
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,13 @@ class PlanHeader:
         target: the identity of the model that the plan is for, as plain values; None fits any model of its width.
         vectors: in the order of their layers.
         info: what is known of the plan's making.
+        prompts: `lengths` and `checksums` of the prompts that it was made for, one a row; None fits any.
     """
 
     target: Mapping[str, Any] | None
     vectors: tuple[VectorHeader, ...]
     info: Mapping[str, Any]
+    prompts: Mapping[str, Any] | None = None
 
     @property
     def total_strength(self) -> float:
@@ -106,7 +115,10 @@ class PlanHeader:
             strength = "per row" if isinstance(v.strength, tuple) else f"{v.strength:.3g}"
             known = "" if v.residual_norm is None else f" residual norms (of {v.residual_norm:.4g})"
             where = v.where + (f" from step {v.from_step}" if v.from_step else "")
-            lines.append(f"  layer {v.layer:>3}  {v.op} {strength}{known}, {where} positions")
+            places = "the last prompt token" if v.where == "last_prompt" else f"{where} positions"
+            lines.append(f"  layer {v.layer:>3}  {v.op} {strength}{known}, {places}")
+        if self.prompts is not None:
+            lines.append(f"  for {len(self.prompts['lengths'])} prompts, a row each; refuses others")
         calibration, receipt = self.info.get("calibration"), self.info.get("receipt")
         if calibration and self.dose is not None:
             met = "" if calibration["met"] else f", which misses the budget of {calibration['kl_budget']:g}"
@@ -114,9 +126,10 @@ class PlanHeader:
                 f"  dose {self.dose:.3g}; at dose 1 {calibration['quantile']:.0%} of {calibration['tokens']} neutral tokens "
                 f"have a KL(steered || unsteered) below {calibration['kl']:.3g} nats{met}"
             )
-        else:
+        elif self.prompts is None:
             lines.append("  not calibrated: calibrate(plan, model, prompts) gives its strength a unit")
-        lines.append(f"  receipt: {receipt['verdict']}" if receipt else "  untested: no receipt")
+        if receipt or self.prompts is None:
+            lines.append(f"  receipt: {receipt['verdict']}" if receipt else "  untested: no receipt")
         pairs = [p for p in self.info.get("pairs", ()) if isinstance(p, dict)]
         if pairs:
             lines.append(f"  layer pairs, expert>target: {', '.join(map(_pair, pairs))}")

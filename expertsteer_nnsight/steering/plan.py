@@ -8,7 +8,7 @@ torch and nnsight alone, and their annotations are strings.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..models.identity import ModelIdentity
 from ..models.positions import Positions, prefix_of
+from ..models.prompts import Prompts
 from ..models.residual import Residual
 from ..models.tracing import batch_rows, current_step, every_step, in_step, invoke_rows, passed, pin
 from .header import PlanHeader
-from .vectors import SteeringVector, needs_positions
+from .vectors import SteeringVector, needs_positions, stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +33,16 @@ class SteeringPlan:
         target: the model that they were made for, or its identity, which is what is kept; None fits any model of that width.
         info: what is known of their making: expert, aligner and its held-out fit, layer pairs and scores, direction
             method, position rule, calibration, receipt, hashes, library versions. Plain JSON values.
+        prompts: those that the plan was made for, one a row, where it refuses others; None fits any.
 
     Raises:
-        ValueError: no vectors, or vectors of different widths.
+        ValueError: no vectors, or vectors of different widths, or for other numbers of rows than of prompts.
     """
 
     vectors: Sequence[SteeringVector]
     target: ModelIdentity | Any = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Prompts | None = None
 
     def __post_init__(self) -> None:
         vectors = tuple(self.vectors)
@@ -52,6 +55,12 @@ class SteeringPlan:
             object.__setattr__(self, "target", ModelIdentity.of(self.target))
         if not (self.target is None or hasattr(self.target, "to_dict")):
             raise ValueError(f"target must be a wrapped model or its ModelIdentity, got {self.target!r:.60}.")
+        if self.prompts is not None:
+            rows = {v.rows for v in vectors} - {None, len(self.prompts.lengths)}
+            if rows:
+                raise ValueError(
+                    f"The plan has vectors for {rows.pop()} rows, but {len(self.prompts.lengths)} prompts."
+                )
         object.__setattr__(self, "vectors", tuple(sorted(vectors, key=lambda v: v.layer)))
         object.__setattr__(self, "info", dict(self.info))
 
@@ -66,12 +75,17 @@ class SteeringPlan:
         """Both plans' vectors in one plan (what a trace needs: two plans applied one after the other are out of order).
 
         Raises:
-            ValueError: they are for different models.
+            ValueError: they are for different models or prompts.
         """
         if self.target and other.target:
             self.target.check(other.target, "Two plans cannot be added")
+        if self.prompts and other.prompts and self.prompts != other.prompts:
+            raise ValueError("Two plans cannot be added: they were made for different prompts.")
         return SteeringPlan(
-            (*self.vectors, *other.vectors), self.target or other.target, {"sum_of": [self.info, other.info]}
+            (*self.vectors, *other.vectors),
+            self.target or other.target,
+            {"sum_of": [self.info, other.info]},
+            self.prompts or other.prompts,
         )
 
     def __mul__(self, factor: float | int) -> SteeringPlan:
@@ -86,13 +100,30 @@ class SteeringPlan:
         self, vectors: Sequence[SteeringVector], measured: tuple[str, ...] = ("receipt", "calibration")
     ) -> SteeringPlan:
         # without what was measured for the plan as it was; a calibration holds for any strength
-        return SteeringPlan(vectors, self.target, {k: v for k, v in self.info.items() if k not in measured})
+        info = {k: v for k, v in self.info.items() if k not in measured}
+        return SteeringPlan(vectors, self.target, info, self.prompts)
+
+    @property
+    def n_rows(self) -> int | None:
+        """How many rows a batch must have, or None where every row gets the same."""
+        known = [] if self.prompts is None else [len(self.prompts.lengths)]
+        return next(iter([*known, *(v.rows for v in self.vectors if v.rows is not None)]), None)
+
+    def take(self, rows: Sequence[int]) -> SteeringPlan:
+        """The plan of some rows, such as those of one invoke; what has no rows stays as it is.
+
+        Raises:
+            IndexError: a row that it does not have.
+        """
+        prompts = None if self.prompts is None else self.prompts.take(rows)
+        return SteeringPlan([v.take(rows) for v in self.vectors], self.target, self.info, prompts)
 
     @property
     def header(self) -> PlanHeader:
         """All but the directions: what a plan prints, and the header of its file."""
         vectors = tuple(v.header for v in self.vectors)
-        return PlanHeader(self.target.to_dict() if self.target else None, vectors, self.info)
+        prompts = None if self.prompts is None else asdict(self.prompts)
+        return PlanHeader(self.target.to_dict() if self.target else None, vectors, self.info, prompts)
 
     @property
     def dose(self) -> float | None:
@@ -135,7 +166,7 @@ class SteeringPlan:
         """
         pairs = zip(self.vectors, directions, strict=True)
         made = self._changed([replace(v, direction=d) for v, d in pairs])
-        return SteeringPlan(made.vectors, self.target, {"directions": "replaced"})
+        return SteeringPlan(made.vectors, self.target, {"directions": "replaced"}, self.prompts)
 
     # -- use -------------------------------------------------------------------------------------------------------
 
@@ -187,7 +218,7 @@ class SteeringPlan:
                 f"The plan steers layer {vector.layer}, which the model has already run past in step {step}: apply the "
                 f"plan before reading later layers, and merge plans with + instead of applying one after another."
             )
-            if positions is None and any(needs_positions(v, prefix) for v in self.vectors):
+            if positions is None and self.needs_positions(prefix):
                 with in_step(step, begun, late):
                     positions, begun = Positions.read(model, prefix), True
             if passed(residual.layers[vector.layer], "output", step, what):
@@ -196,12 +227,32 @@ class SteeringPlan:
                 pin(step, what)
                 h, begun = residual.read(vector.layer), True
                 _check_rows(vector, h, what)
-                mask = None
-                if positions is not None:
-                    mask = positions.mask(vector.where, vector.from_step, vector.skip_special, prompt_lengths).to(
-                        h.device
-                    )
-                residual.write(vector.layer, vector.edit(h, mask))
+                residual.write(vector.layer, self.steered(vector, h, positions, prompt_lengths))
+
+    def needs_positions(self, prefix: tuple[int, ...]) -> bool:
+        """Whether `Positions` must be read in every step, for a tokenizer that prepends the ids `prefix`."""
+        return self.prompts is not None or any(needs_positions(v, prefix) for v in self.vectors)
+
+    def steered(
+        self, vector: SteeringVector, h: Tensor, positions: Positions | None = None, prompt_lengths: Any = None
+    ) -> Tensor:
+        """The output `h` `[row, position, hidden]` of a layer after one of the plan's vectors.
+
+        Args:
+            vector: one of `vectors`.
+            h: output of its layer.
+            positions: of this forward; None where no vector tells positions apart.
+            prompt_lengths: as in `apply`; those of the plan's own prompts if None.
+
+        Raises:
+            ValueError: the batch has other rows or prompts than the plan.
+        """
+        if positions is None:
+            return vector.edit(h)
+        if self.prompts is not None:
+            self.prompts.check(positions)
+            prompt_lengths = self.prompts.lengths if prompt_lengths is None else prompt_lengths
+        return vector.edit_at(h, positions, prompt_lengths)
 
     def attach(self, model: Any, any_id: bool = False) -> Any:
         """A copy of `model` (sharing its weights) whose every trace and generation is steered, on every decode step.
@@ -212,7 +263,7 @@ class SteeringPlan:
             ValueError: the plan does not fit the model.
         """
         self.check(model, any_id)
-        plan = SteeringPlan(self.vectors, self.target)  # what is known of its making need not travel
+        plan = SteeringPlan(self.vectors, self.target, {}, self.prompts)  # what is known of its making need not travel
         with model.edit() as (_tracer, edited):
             _every_step(plan, edited, any_id)
         return edited
@@ -237,9 +288,11 @@ class SteeringPlan:
         from .plan_file import write_plan  # not at the top: safetensors must not travel with a plan
 
         # vectors may share memory, which the format refuses
-        tensors = {f"{i}.direction": v.direction.clone() for i, v in enumerate(self.vectors)}
-        tensors |= {
-            f"{i}.strength": v.strength.clone() for i, v in enumerate(self.vectors) if isinstance(v.strength, Tensor)
+        tensors = {
+            f"{i}.{name}": value.clone()
+            for i, v in enumerate(self.vectors)
+            for name in ("direction", "strength", "predictor")
+            if isinstance(value := getattr(v, name), Tensor)
         }
         return write_plan(path, self.header, tensors)
 
@@ -264,10 +317,13 @@ class SteeringPlan:
                 where=v.where,
                 from_step=v.from_step,
                 skip_special=v.skip_special,
+                at=v.at,
+                predictor=tensors.get(f"{i}.predictor"),
             )
             for i, v in enumerate(header.vectors)
         )
-        return cls(vectors, ModelIdentity(**header.target) if header.target else None, header.info)
+        prompts = None if header.prompts is None else Prompts(**{k: tuple(x) for k, x in header.prompts.items()})
+        return cls(vectors, ModelIdentity(**header.target) if header.target else None, header.info, prompts)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads the plan, with a card made of its header and receipt, to the Hugging Face hub; see `interop.hub.push`."""
@@ -310,13 +366,31 @@ def with_total(plan: SteeringPlan, strength: float | int) -> SteeringPlan:
     return plan * (strength / total_strength(plan))
 
 
+def stack_plans(plans: Sequence[SteeringPlan], unsteered: bool = False) -> SteeringPlan:
+    """One plan with a row for each of `plans`, and an unsteered one before them if asked.
+
+    Raises:
+        ValueError: they differ in layer, op or place, or are themselves for several rows or for certain prompts.
+    """
+    if len({tuple(v.kind for v in plan.vectors) for plan in plans}) > 1 or any(plan.prompts for plan in plans):
+        raise ValueError("Plans share a forward only with the same layers, ops and places, and none per row.")
+    return SteeringPlan(
+        [stack(mine, unsteered) for mine in zip(*(plan.vectors for plan in plans), strict=True)], plans[0].target
+    )
+
+
 def random_plans(plan: SteeringPlan, draws: int, random_state: int = 0) -> list[SteeringPlan]:
-    """`plan` with its directions replaced by random ones (uniform on the sphere), `draws` times."""
+    """`plan` with its directions replaced by random ones (uniform on the sphere), `draws` times.
+
+    Activations (`blend`, `innovation`) are replaced by random ones of the same length.
+    """
     generator = torch.Generator().manual_seed(random_state)
-    return [
-        plan.with_directions([torch.randn(v.direction.shape, generator=generator) for v in plan.vectors])
-        for _ in range(draws)
-    ]
+
+    def drawn(v: SteeringVector) -> Tensor:
+        new = torch.randn(v.direction.shape, generator=generator)
+        return new / new.norm(dim=-1, keepdim=True) * v.direction.norm(dim=-1, keepdim=True)
+
+    return [plan.with_directions([drawn(v) for v in plan.vectors]) for _ in range(draws)]
 
 
 def _check_rows(vector: SteeringVector, h: Tensor, what: str) -> None:

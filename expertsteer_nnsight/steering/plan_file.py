@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ..files import library_versions, whole_file
-from .header import PlanHeader, VectorHeader
+from .header import BLENDS, PlanHeader, VectorHeader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "expertsteer_nnsight.plan"
-VERSION = 1
+VERSION = 2  # 2: activations, places and prompts; what needs none of these is written as 1
+NEWER_PLACES = ("last_prompt", "given")
 _PLAIN = ("layer", "residual_norm", "op", "where", "from_step", "skip_special")
 
 
@@ -30,20 +31,26 @@ def write_plan(path: str | Path, header: PlanHeader, tensors: Mapping[str, Tenso
     Args:
         path: of the file.
         header: of the plan.
-        tensors: `i.direction` (`[hidden]` or `[row, hidden]`) of vector `i`, and `i.strength` (`[row]`) where it has one a row.
+        tensors: `i.direction` (`[hidden]`, `[row, hidden]` or `[place, hidden]`) of vector `i`, and `i.strength` (`[row]`) and
+            `i.predictor` (`[hidden + 1, hidden]`) where it has them.
     """
     from safetensors.torch import save_file
 
     vectors = [
-        {k: getattr(v, k) for k in _PLAIN} | ({} if isinstance(v.strength, tuple) else {"strength": v.strength})
+        {k: getattr(v, k) for k in _PLAIN}
+        | ({} if isinstance(v.strength, tuple) else {"strength": v.strength})
+        | ({} if v.at is None else {"at": v.at})
         for v in header.vectors
     ]
+    newer = header.prompts is not None or any(v.op in BLENDS or v.where in NEWER_PLACES for v in header.vectors)
     plan = {
-        "format_version": VERSION,
+        "format_version": VERSION if newer else 1,
         "target": header.target,
         "vectors": vectors,
         "info": {"versions": library_versions(), **header.info},
     }
+    if header.prompts is not None:
+        plan["prompts"] = header.prompts
     about = {"format": FORMAT, "plan": json.dumps(plan)}
     return whole_file(path, lambda to: save_file(dict(tensors), to, metadata=about))
 
@@ -92,11 +99,14 @@ def _read(path: str | Path, framework: str, wanted: Any) -> tuple[PlanHeader, di
     for i, v in enumerate(plan["vectors"]):
         by_row = tensors.get(f"{i}.strength")
         shape = shapes[f"{i}.direction"]
+        at = None if v.get("at") is None else tuple(map(tuple, v["at"]))
+        by_direction = len(at) if at is not None else shape[0] if len(shape) == 2 else None
         vectors.append(
             VectorHeader(
                 **{k: v[k] for k in _PLAIN},
                 strength=v["strength"] if by_row is None else tuple(by_row.tolist()),
-                rows=shape[0] if len(shape) == 2 else None if by_row is None else len(by_row),
+                rows=by_direction if by_direction is not None or by_row is None else len(by_row),
+                at=at,
             )
         )
-    return PlanHeader(plan["target"], tuple(vectors), plan["info"]), tensors
+    return PlanHeader(plan["target"], tuple(vectors), plan["info"], plan.get("prompts")), tensors

@@ -132,6 +132,29 @@ def encode(tokenizer: Any, text: Text, known: tuple[Any, Any] | None = None) -> 
     return ids, count
 
 
+def encode_continued(
+    tokenizer: Any, prompt: Text, continuation: str, known: tuple[Any, Any] | None = None
+) -> tuple[list[int], int, int]:
+    """Token ids of a prompt with its continuation, how many special ones stand before, and how many belong to the prompt.
+
+    Tokens are those of the whole text where they begin with the prompt's; else the continuation's follow by themselves.
+
+    Args:
+        tokenizer: the model's.
+        prompt: a string or chat messages, as in `encode`.
+        continuation: what follows it.
+        known: `affixes(tokenizer)`, where many texts are encoded.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    start, prefix = encode(tokenizer, prompt, known)
+    whole = encode(tokenizer, prompt + continuation, known)[0] if isinstance(prompt, str) else start
+    if continuation and (len(whole) == len(start) or whole[: len(start)] != start):
+        whole = [*start, *tokenizer(continuation, add_special_tokens=False)["input_ids"]]
+    return whole, prefix, len(start)
+
+
 def token_index(position: Position, ids: list[int], prefix: int) -> int | None:
     """Which token of `ids` a position rule means, counted from 0; None for the mean over all.
 

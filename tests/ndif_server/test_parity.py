@@ -16,6 +16,7 @@ from expertsteer_nnsight import Positions, Remote, SteeringPlan
 from expertsteer_nnsight.measure.calibration import calibrate_many
 from expertsteer_nnsight.measure.measuring import measure
 from expertsteer_nnsight.measure.scoring import costs
+from expertsteer_nnsight.models.prompts import Prompts
 from expertsteer_nnsight.steering.plan import random_plans
 from expertsteer_nnsight.texts.word_ends import shared_ends
 
@@ -26,13 +27,21 @@ SETTINGS = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
 
 
 def plans(model):
-    last = len(model.model.layers) - 1
+    last, width = len(model.model.layers) - 1, model.config.hidden_size
+    predictor = torch.randn(width + 1, width, generator=torch.Generator().manual_seed(9)) / width**0.5
     return {
         "everywhere": SteeringPlan([vector(model, 1, 0.6), vector(model, last, 0.4, 1, op="add_keep_norm")]),
         "prompt": SteeringPlan([vector(model, 1, 0.9, where="prompt", skip_special=False)]),
         "completion": SteeringPlan([vector(model, 1, 0.6, where="completion", from_step=1)]),
         "rows": SteeringPlan([vector(model, 1, torch.tensor([0.6, -0.7, 0.0]), rows=3, where="completion")]),
         "ops": SteeringPlan([vector(model, 1, 0.5, op="clamp"), vector(model, 1, 1.0, 2, op="project_out")]),
+        "activations": SteeringPlan(
+            [
+                vector(model, 1, 0.6, rows=3, op="blend", where="last_prompt"),
+                vector(model, 1, 0.5, 3, op="innovation", where="given", at=[[1, 2], [], [3]], predictor=predictor),
+            ],
+            prompts=Prompts.of([model.tokenizer(p)["input_ids"] for p in PROMPTS]),
+        ),
     }
 
 
@@ -60,7 +69,11 @@ def by_attach(model, plan, remote):
 
 
 def in_a_trace(model, plan, remote):
-    with model.trace(PROMPTS, remote=remote):
+    return in_a_trace_of(PROMPTS, model, plan, remote)
+
+
+def in_a_trace_of(prompts, model, plan, remote):
+    with model.trace(prompts, remote=remote):
         plan.apply(model)
         logits = nnsight.save(model.output.logits[:, -1])
     return logits
@@ -107,11 +120,14 @@ def test_states_at_further_ends_are_the_local_ones(models):
 
 
 @REPOS
-@pytest.mark.parametrize("name", ["everywhere", "prompt", "completion", "rows", "ops"])
+@pytest.mark.parametrize("name", ["everywhere", "prompt", "completion", "rows", "ops", "activations"])
 def test_steered_generation_has_the_local_tokens(repo, name, models, lean):
-    if repo == SMOL and name in ("ops", "prompt"):
+    if repo == SMOL and name in ("ops", "prompt", "activations"):
         pytest.skip("the tiny models do")
-    lean((repo, name) not in [(TINY, "everywhere"), (TINY, "completion"), (BOS, "prompt"), (SMOL, "rows")])
+    lean(
+        (repo, name)
+        not in [(TINY, "everywhere"), (TINY, "completion"), (BOS, "prompt"), (SMOL, "rows"), (BOS, "activations")]
+    )
     far, near = models(repo)
     plan, plain = plans(near)[name], unsteered(near, False)
     local = by_apply(near, plan, False)
@@ -277,6 +293,29 @@ def test_a_fit_is_the_local_one_wherever_the_models_are(where, models, host, lea
     for a, b in zip(plan.vectors, local.vectors, strict=True):
         assert torch.allclose(a.direction, b.direction, atol=1e-3)
         assert a.residual_norm == pytest.approx(b.residual_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("where", ["expert", "target", "both"])
+def test_a_live_expert_is_the_local_one_wherever_the_models_are(where, models, host, lean):
+    lean(where != "both")
+    far_expert, near_expert = models(BOS)
+    far_target, near_target = models(TINY)
+    settings = {"layers": [(2, 1)], "follow": True}
+    local = es.LiveExpert(**settings).fit(near_expert, near_target, TEXTS[:20], progress=False)
+    live = es.LiveExpert(**settings).fit(
+        near_expert if where == "target" else far_expert,
+        near_target if where == "expert" else far_target,
+        TEXTS[:20], progress=False,
+        remote_expert=False if where == "target" else Remote(host.replace("127.0.0.1", "localhost")),
+        remote_target=False if where == "expert" else host,
+    )  # fmt: skip
+    assert live.generate(PROMPTS, 8) == local.generate(PROMPTS, 8)
+    questions = es.MultipleChoice([(p, [" a dog", " the fox"], 0) for p in PROMPTS])
+    found = questions.score(live.target_, [live], remote=live.remote_target_)
+    torch.testing.assert_close(found, questions.score(near_target, [local]), rtol=1e-3, atol=1e-3)
+    plan = live.plan(PROMPTS)
+    with pytest.raises(Exception, match="made for other prompts"):
+        in_a_trace_of(PROMPTS[::-1], live.target_, plan, live.remote_target_)
 
 
 def test_what_comes_back_is_the_states_and_little_else(models, lean):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from expertsteer_nnsight.interop import _continuations
 from expertsteer_nnsight.models.packaged import load
 from recipes import four_domains
 from recipes.domain_settings import SCALES, Domain
-from recipes.domain_tables import compared, overview, place, pooled, read_lines, summary
+from recipes.domain_tables import overview, place, pooled, read_lines, summary
 from recipes.domain_texts import Tasks, contrasted, texts_of
 from recipes.four_domains import main
 
@@ -143,17 +142,6 @@ def test_labelled_questions_are_no_anchors(command):
     assert any("What do bones hold?" in text for text in anchors)
 
 
-def test_paired_statistics():
-    found = compared([1, 1, 1, 0, 1, 1] * 10, [0, 1, 1, 0, 0, 1] * 10)
-    assert found["difference"] == pytest.approx(1 / 3) and found["low"] < 1 / 3 < found["high"]
-    assert found["p"] == pytest.approx(2 * 0.5**20)  # twenty items gained, none lost
-    same = compared([1, 0], [1, 0])
-    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
-    # McNemar looks at the items that changed alone
-    few = compared([1] * 3 + [0] * 1 + [1] * 96, [0] * 3 + [1] * 1 + [1] * 96)
-    assert few["p"] == pytest.approx(2 * sum(math.comb(4, k) for k in (3, 4)) / 16)
-
-
 def settings(**changes):
     given = {"seed": 0, "kl": 1.0, "limit": None, "validation": None, "anchors": None, "doses": [1.0]}
     return SimpleNamespace(**{**given, **changes})
@@ -201,7 +189,6 @@ def test_results_of_other_settings_and_models_are_left_alone():
     ]
     rows = summary(lines, [domain], settings())
     assert [(row["arm"], row["acc"], row["difference"]) for row in rows] == [("unsteered", 0, 0), ("expert", 1, 1)]
-    assert compared([1], [0])["difference"] == 1  # one item has no interval
     # of other items, or measured before: the last ones that answer what the unsteered model did
     stale = [{**line, "acc": [0] * 10} for line in lines[-1:]]
     others = [{**line, "items": "others"} for line in stale]

@@ -1,0 +1,156 @@
+"""What a live expert must be compared with: the same injection with nothing, or something else, of the expert in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sklearn.base import clone
+from sklearn.utils.validation import check_is_fitted
+
+from ..measure.answers import AnswersReceipt
+from ..measure.effects import MultipleChoice
+from ..models.identity import ModelIdentity
+from ..models.untrained import untrained_like
+from ..steering.plan import SteeringPlan
+from ..texts.texts import Text
+
+if TYPE_CHECKING:
+    from ..measure.scoring import ByText
+    from .live_expert import LiveExpert
+
+TOLD = "A colleague answered the next question with:{answer}\n\n"
+LATER = 0.13  # of the target's depth: how far behind the edited layer the target's own activation is taken
+
+
+def live_receipt(
+    live: LiveExpert,
+    questions: MultipleChoice,
+    anchors: Any,
+    *,
+    untrained: int = 3,
+    told: str | None = TOLD,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> AnswersReceipt:
+    """A live expert, its controls, and what else the expert could be used for, on the same questions.
+
+    Controls, at the same layer, amount and places: `another prompt` (the expert reads another item's prompt, with this item's
+    options where it follows), `untrained` (the expert's shape with random weights and a map of its own, for each seed), `mean` (of
+    the mapped activations over the questions), and `own layer` (the target's own later layer in the expert's place). Besides:
+    the `expert alone`, the `ensemble` (mean of both models' log-likelihoods), and the target that is `told the expert's answer`.
+
+    Args:
+        live: a fitted one. Its layers and amount must have been chosen on other items than these.
+        questions: held-out ones.
+        anchors: those of its fit, on which the controls' maps are fitted.
+        untrained: how many seeds.
+        told: what stands before the prompt to tell the target the expert's answer, with `{answer}` in it; None leaves that out.
+        cache: folder for the anchors' activations, the same as in `fit`.
+        progress: show progress bars.
+
+    Raises:
+        NotFittedError: `live` is not fitted.
+        ValueError: fewer than two questions.
+        RemoteFailure: a host, a key or a model cannot be used, or a job failed.
+    """
+    check_is_fitted(live, "layers_")
+    if len(questions) < 2:
+        raise ValueError(f"{len(questions)} question has no other prompt: give two or more, better some hundred.")
+    target, expert = live.target_, live.expert_
+    arms: dict[str, ByText] = {"live": live, "another prompt": AnotherPrompt(live), "mean": Mean(live)}
+    for seed in range(1, untrained + 1):
+        random = untrained_like(expert, seed)
+        arms[f"untrained, seed {seed}"] = _refitted(
+            live, random, live.layers_, anchors, cache, f"untrained-{seed}", progress
+        )
+    depth = ModelIdentity.of(target).n_layers
+    later = [(min(depth - 1, t + max(1, round(LATER * depth))), t) for _, t in live.layers_]
+    arms["own layer"] = _refitted(live, target, later, anchors, cache, "own", progress, live.remote_target_)
+    how: dict[str, Any] = {"remote": live.remote_target_, "progress": progress}
+    steered = questions.options(target, list(arms.values()), **how)
+    alone = [x[0] for x in questions.options(expert, [], remote=live.remote_, progress=progress)]
+    answers = {name: [int(x[row].argmax()) for x in steered] for row, name in enumerate(("unsteered", *arms))}
+    answers["expert alone"] = [int(x.argmax()) for x in alone]
+    answers["ensemble"] = [int((x[0] + y).argmax()) for x, y in zip(steered, alone, strict=True)]
+    if told is not None and all(isinstance(prompt, str) for prompt, _, _ in questions.items):
+        items = [
+            (told.format(answer=options[best]) + str(prompt), options, right)
+            for (prompt, options, right), best in zip(questions.items, answers["expert alone"], strict=True)
+        ]
+        spoken = replace(questions, items=items).options(target, [], **how)
+        answers["told the expert's answer"] = [int(x[0].argmax()) for x in spoken]
+    return AnswersReceipt(answers, [right for _, _, right in questions.items], questions.unit)
+
+
+def _refitted(
+    live: LiveExpert, reader: Any, layers: Any, anchors: Any, cache: Any, name: str, progress: bool, remote: Any = False
+) -> LiveExpert:
+    """The same live expert with another model in the expert's place, and maps of its own."""
+    made: Any = clone(live)
+    made.set_params(layers=layers, amount=live.amount_)
+    where = None if cache is None else Path(cache) / name
+    return made.fit(
+        reader, live.target_, anchors, cache=where, batch_size=live._batch_size, remote_expert=remote,
+        remote_target=live.remote_target_, progress=progress,
+    )  # fmt: skip
+
+
+class AnotherPrompt:
+    """A live expert that reads another prompt than the target, of the same set, with the target's own continuation.
+
+    Args:
+        live: a fitted one.
+        random_state: seed of who reads what; nobody reads its own.
+    """
+
+    def __init__(self, live: LiveExpert, random_state: int = 0) -> None:
+        self.live, self.random_state = live, random_state
+
+    def _reads(self, prompts: Sequence[Text]) -> list[Text]:
+        distinct = list({str(prompt): prompt for prompt in prompts}.values())
+        if len(distinct) < 2:
+            raise ValueError("There is one prompt alone, so the expert has no other to read.")
+        order = np.random.default_rng(self.random_state).permutation(len(distinct)).tolist()
+        other = {str(distinct[i]): distinct[j] for i, j in zip(order, order[1:] + order[:1], strict=True)}
+        return [other[str(prompt)] for prompt in prompts]
+
+    def for_texts(self, prompts: Sequence[Text], continuations: Sequence[str] | None = None) -> list[SteeringPlan]:
+        """As `LiveExpert.for_texts`."""
+        return self.live.for_texts(prompts, continuations, self._reads(prompts))
+
+    def plan(self, prompts: Sequence[Text]) -> SteeringPlan:
+        """As `LiveExpert.plan`."""
+        return self.live.plan(list(prompts), self._reads(prompts))
+
+
+class Mean:
+    """A live expert's injection with the mean over all prompts in place of each prompt's own activation.
+
+    Args:
+        live: a fitted one.
+    """
+
+    def __init__(self, live: LiveExpert) -> None:
+        self.live = live
+
+    def for_texts(self, prompts: Sequence[Text], continuations: Sequence[str] | None = None) -> list[SteeringPlan]:
+        """As `LiveExpert.for_texts`."""
+        plans = self.live.for_texts(prompts, continuations)
+        means = [
+            torch.cat([p.vectors[k].direction.reshape(-1, p.vectors[k].direction.shape[-1]) for p in plans]).mean(0)
+            for k in range(len(plans[0].vectors))
+        ]
+        return [
+            p.with_directions([m.expand(v.direction.shape) for m, v in zip(means, p.vectors, strict=True)])
+            for p in plans
+        ]
+
+    def plan(self, prompts: Sequence[Text]) -> SteeringPlan:
+        """As `LiveExpert.plan`."""
+        plan = self.live.plan(list(prompts))
+        return plan.with_directions([v.direction.mean(0).expand(v.direction.shape) for v in plan.vectors])
