@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -340,18 +340,29 @@ class LiveExpert(BaseEstimator):
     def generate(
         self, prompts: Any, max_new_tokens: int = 40, *, batch_size: int = 32, do_sample: bool = False
     ) -> list[str]:
-        """What the target says after each prompt, which the expert has read.
+        """What the target says after each prompt, which the expert has read; with `follow` it reads on what the target writes.
 
         Args:
             prompts: strings or chat messages.
             max_new_tokens: of each.
             batch_size: prompts a forward.
-            do_sample: draw tokens, as the model's generation settings say, instead of taking the most likely.
+            do_sample: draw tokens, as the model's generation settings say, instead of taking the most likely; not with `follow`.
 
         Raises:
-            ValueError, RemoteFailure: as `plan`.
+            ValueError: as `plan`, or `do_sample` with `follow`.
+            RemoteFailure: as `plan`.
         """
         texts = as_texts(prompts)
+        if self.follow:
+            if do_sample:
+                raise ValueError(
+                    "A live expert that follows takes the likeliest token at each step: leave do_sample out."
+                )
+            from .live_generation import follow
+
+            parts = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+            made = [row for part in parts for row in follow(self, part, max_new_tokens)]
+            return [tokenizer_of(self.target_).decode(row, skip_special_tokens=True) for row in made]
         how: dict[str, Any] = {"batch_size": batch_size, "do_sample": do_sample, "remote": self.remote_target_}
         return completions(self.target_, rollouts(self.target_, texts, self.plan(texts), max_new_tokens, **how))
 
@@ -514,6 +525,11 @@ class _Setting:
             found.append(made)
             row += len(mine) + 1
         return found
+
+    def onwards(self, m: LiveMap, states: Tensor, on: Tensor) -> SteeringVector:
+        """What is done at the token that was written last, a row for each text: `on` `[row]` is 1 where the expert is heard."""
+        one = self._vector(m, m(states), self.live.follow_op, self.live.follow_amount, "all")
+        return replace(one, strength=self.live.follow_amount * on, skip_special=False)
 
     @staticmethod
     def _vector(m: LiveMap, z: Tensor, op: str, amount: float, where: str, at: Any = None) -> SteeringVector:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..states.forward import batches
-from ..steering.plan import SteeringPlan
+from ..steering.plan import SteeringPlan, stack_plans
 
 if TYPE_CHECKING:
     from ..ndif.host import Remote
@@ -100,12 +100,12 @@ def _forward(
 
 
 def _job(
-    model: Any, backend: Any, plan: SteeringPlan | None, batches: list[list[Text]], can_keep: bool
+    model: Any, backend: Any, plans: list[SteeringPlan | None], batches: list[list[Text]], can_keep: bool
 ) -> list[Tensor]:
-    """`_forward` of batches, in one remote job."""
+    """`_forward` of batches, each with its plan, in one remote job."""
     with model.session(backend=backend):
         found = nnsight.save([])
-        for batch in batches:
+        for plan, batch in zip(plans, batches, strict=True):
             found.extend(_forward(model, plan, batch, can_keep))
     return found
 
@@ -144,15 +144,24 @@ class Scorer:
         self.model, self.plan, self.host, self.share = model, plan, host, share and host is None
         self._can_keep = "logits_to_keep" in signature(model._module.forward).parameters
         self._tried = False
+        self._own: Sequence[SteeringPlan] | None = None
 
-    def __call__(self, texts: Sequence[Text], batch: int, done: Callable[[int, Tensor], None]) -> None:
+    def __call__(
+        self,
+        texts: Sequence[Text],
+        batch: int,
+        done: Callable[[int, Tensor], None],
+        own: Sequence[SteeringPlan] | None = None,
+    ) -> None:
         """Scores texts in whichever order is quickest.
 
         Args:
             texts: what is scored.
             batch: texts a forward.
             done: called with a text's number and what `_found` gives for it, as soon as it is known.
+            own: a plan for each text, in place of the one for all.
         """
+        self._own = own
         alone: list[int] = []
         if self.share:
             by_context = sorted(range(len(texts)), key=lambda i: texts[i].ids[: texts[i].prompt])
@@ -165,15 +174,19 @@ class Scorer:
         alone.sort(key=lambda i: -len(texts[i].ids))  # the longest first: what does not fit fails at once
         if self.host is None:
             for numbers in batches(alone, batch):
-                self._report(
-                    numbers, _forward(self.model, self.plan, [texts[i] for i in numbers], self._can_keep), done
-                )
+                plan = self._plan_of(numbers)
+                self._report(numbers, _forward(self.model, plan, [texts[i] for i in numbers], self._can_keep), done)
             return
         for numbers in batches(alone, max(1, JOB // batch) * batch):
-            together = [[texts[i] for i in some] for some in batches(numbers, batch)]
+            parts = batches(numbers, batch)
+            together, plans = [[texts[i] for i in some] for some in parts], [self._plan_of(some) for some in parts]
             with self.host.explained("Scoring continuations", "batch_size="):
-                found = _job(self.model, self.host.backend(self.model), self.plan, together, self._can_keep)
+                found = _job(self.model, self.host.backend(self.model), plans, together, self._can_keep)
             self._report(numbers, found, done)
+
+    def _plan_of(self, numbers: Sequence[int]) -> SteeringPlan | None:
+        """The plan of a batch of texts."""
+        return self.plan if self._own is None else stack_plans([self._own[i] for i in numbers])
 
     @staticmethod
     def _report(numbers: list[int], found: list[Tensor], done: Callable[[int, Tensor], None]) -> None:
@@ -189,10 +202,13 @@ class Scorer:
         if common * (len(texts) - 1) < worth or not self.share:
             return False
         for at in range(0, len(texts), rows):
-            some = texts[at : at + rows]
+            some, plan = texts[at : at + rows], self._plan_of(numbers[at : at + rows])
             try:
-                cache = _context(self.model, self.plan, some[0], common, len(some), self._can_keep)
-                found = _forward(self.model, self.plan, some, self._can_keep, cache)
+                # of one context, every row's plan does the same there
+                cache = _context(
+                    self.model, self._plan_of(numbers[at : at + 1]), some[0], common, len(some), self._can_keep
+                )
+                found = _forward(self.model, plan, some, self._can_keep, cache)
             except (AttributeError, TypeError, ValueError):  # a cache of another kind, as recurrent models have
                 if self._tried:
                     raise
@@ -200,7 +216,7 @@ class Scorer:
                 return False
             if not self._tried:  # a model is tried once
                 self._tried = True
-                plain = _forward(self.model, self.plan, some, self._can_keep)
+                plain = _forward(self.model, plan, some, self._can_keep)
                 if not all(torch.allclose(a[0], b[0], rtol=1e-3, atol=1e-2) for a, b in zip(found, plain, strict=True)):
                     self.share = False
                     return False

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,11 @@ from ..models.identity import ModelIdentity, fingerprint
 from ..models.positions import prefix_of
 from ..ndif.argument import host_of
 from ..steering.plan import SteeringPlan
-from ..texts.texts import tokenizer_of
+from ..texts.texts import encode_continued, tokenizer_of
 from ._continuations import Scorer, Text, has_border
 
 if TYPE_CHECKING:
+    from ..fit.live_expert import LiveExpert
     from ..ndif.host import Remote
 
 _HFLM: Any = HFLM  # its decorator hides its type
@@ -55,6 +57,9 @@ class SteeredLM(_HFLM):
         pretrained: a hub id or a folder, or a model of nnsight.
         plan: a `SteeringPlan` or its file; None does not steer.
         dose: of a calibrated plan, in units of what met its budget; None takes a plan as it is.
+        live: a `LiveExpert` or its file, in place of a plan: the expert reads each context, and each continuation if it follows.
+        expert: the model of a live expert's file: a hub id, a folder or a model of nnsight; what the file names if None.
+        remote_expert: where that expert is read: True, "http://..." or a `Remote`.
         remote: True, "http://..." or a `Remote`: run on NDIF, without the model's weights here.
         share_contexts: read a context once for all its continuations, where that saves time. Local models alone.
         device: where a model that is loaded here goes.
@@ -64,8 +69,9 @@ class SteeredLM(_HFLM):
         kwargs: further arguments of lm-eval's `HFLM`: batch_size, max_length, add_bos_token, prefix_token_id, ...
 
     Raises:
-        ValueError: the plan does not fit the model or has strengths a row, a dose for a plan that is not calibrated, or an
-            argument of `hf` that would load a model another way.
+        ValueError: the plan does not fit the model or has strengths a row, a dose for a plan that is not calibrated, a plan and a
+            live expert together, or an argument of `hf` that would load a model another way. With a live expert also a
+            request without a context, or one that lm-eval cuts or writes in other tokens than the model's tokenizer.
     """
 
     def __init__(
@@ -73,6 +79,9 @@ class SteeredLM(_HFLM):
         pretrained: Any,
         plan: SteeringPlan | str | Path | None = None,
         dose: float | int | None = None,
+        live: LiveExpert | str | Path | None = None,
+        expert: Any = None,
+        remote_expert: bool | str | Remote = False,
         remote: bool | str | Remote = False,
         share_contexts: bool = True,
         device: str | None = None,
@@ -106,6 +115,14 @@ class SteeredLM(_HFLM):
                     "add_bos_token=True puts a token before each text that the model's tokenizer does not, and the plan leaves "
                     "special tokens unsteered: leave add_bos_token out, or give plan.with_(skip_special=False)."
                 )
+        if live is not None and plan is not None:
+            raise ValueError("A plan and a live expert were given, and only one of them can steer: leave one out.")
+        how = (device, dtype, None, trust_remote_code)
+        self.live = self._live(live, expert, remote_expert, how) if isinstance(live, (str, Path)) else live
+        if self.live is not None:
+            ModelIdentity(**self.live.info_["target"]).check(
+                ModelIdentity.of(self.nn_model), "This live expert cannot steer the model"
+            )
         kwargs.setdefault("tokenizer", tokenizer_of(self.nn_model))
         about = logging.getLogger("lm_eval.models.huggingface")
         level = about.level
@@ -125,6 +142,16 @@ class SteeredLM(_HFLM):
         self._score = Scorer(self.nn_model, self.plan, self.remote, share_contexts and self.logits_cache)
         self._steered = self.nn_model if self.plan is None else self.plan.attach(self.nn_model)
 
+    def _live(self, path: str | Path, expert: Any, remote: bool | str | Remote, how: tuple[Any, ...]) -> LiveExpert:
+        """A live expert's file with its models."""
+        from ..fit.live_expert import LiveExpert
+
+        named = LiveExpert.load(path).info_["expert"]["id"] if expert is None else expert
+        if named is None:
+            raise ValueError(f"{path} does not name its expert: give expert=.")
+        reader = _loaded(named, host_of(remote), *how) if isinstance(named, (str, Path)) else named
+        return LiveExpert.load(path, reader, self.nn_model, remote_expert=remote, remote_target=self.remote or False)
+
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
         """Unsteered logits; `hf` finds the largest batch with it."""
         with torch.no_grad(), self.nn_model.trace(input_ids=inps, attention_mask=torch.ones_like(inps)):
@@ -138,12 +165,14 @@ class SteeredLM(_HFLM):
         if not requests:
             return []
         # continuations that differ in their last token alone share a row, unless the plan tells their contexts apart
-        border = has_border(self.plan)
+        border, live = has_border(self.plan), self.live
         rows: dict[Any, list[int]] = {}
-        for i, (_, context, continuation) in enumerate(requests):
+        for i, (names, context, continuation) in enumerate(requests):
             ids = tuple(context + continuation)
-            rows.setdefault((ids[:-1], len(context) if border else 0), []).append(i)
-        texts = [self._text(ids, [requests[i] for i in mine]) for (ids, _), mine in rows.items()]
+            # a live expert reads a context's own text, and each continuation if it follows
+            told = 0 if live is None else (names, i) if live.follow else names and names[0]
+            rows.setdefault((ids[:-1], len(context) if border or live is not None else 0, told), []).append(i)
+        texts = [self._text(ids, [requests[i] for i in mine]) for (ids, *_), mine in rows.items()]
         members = list(rows.values())
         answers: list[Any] = [None] * len(requests)
         with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
@@ -159,8 +188,35 @@ class SteeredLM(_HFLM):
                         self.cache_hook.add_partial("loglikelihood", names, answers[i])
                     bar.update()
 
-            self._score(texts, self._rows(texts), done)
+            own = None if live is None else self._read([requests[mine[0]] for mine in members], live)
+            self._score(texts, self._rows(texts), done, own)
         return answers
+
+    def _read(self, requests: list[Any], live: LiveExpert) -> list[SteeringPlan]:
+        """A live expert's plan for each request."""
+        prompts, continuations = [], []
+        for names, context, continuation in requests:
+            if names is None or not names[0].strip():
+                raise ValueError(
+                    "A live expert reads a prompt, but a request has no context: leave out live= for this task."
+                )
+            prompt = names[0].rstrip()  # lm-eval counts the spaces at its end to the continuation
+            more = names[0][len(prompt) :] + names[1]
+            if live.follow or live.where != "last_prompt":  # whose places are numbers of tokens
+                ids, _, border = encode_continued(self.tokenizer, prompt, more)
+                if (ids, border) != ([*context, *continuation], len(context)) or len(ids) > self.max_length + 1:
+                    raise ValueError(
+                        f"lm-eval reads {prompt[-40:]!r} in other tokens than the model's tokenizer, or cuts it at "
+                        f"{self.max_length}, so its places cannot be found: leave out add_bos_token, or raise max_length."
+                    )
+            prompts.append(prompt)
+            continuations.append(more)
+        return live.for_texts(prompts, continuations)
+
+    def tok_batch_encode(self, strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """As in `hf`; a live expert reads the same strings in `_model_generate`."""
+        self._strings = list(strings)
+        return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _text(self, ids: tuple[int, ...], requests: list[Any]) -> Text:
         """The row of requests that differ in their last token alone; what does not fit is cut on the left, as in `hf`."""
@@ -212,9 +268,12 @@ class SteeredLM(_HFLM):
             options["stopping_criteria"] = stop_sequences_criteria(self.tokenizer, stop, width, len(context))
         else:  # a server has no lm-eval: there only the end token stops, and the text is cut here
             options["backend"] = self.remote.backend(self.nn_model)
+        steered = self._steered
+        if self.live is not None:
+            steered = self.live.plan(self._strings).attach(self.nn_model)
         with (
             torch.no_grad(),
-            self._steered.generate({"input_ids": context, "attention_mask": mask}, **options) as tracer,
+            steered.generate({"input_ids": context, "attention_mask": mask}, **options) as tracer,
         ):
             ids = nnsight.save(tracer.result)
         return ids.cpu()
@@ -230,6 +289,8 @@ class SteeredLM(_HFLM):
             model = fingerprint(self.nn_model, remote=self.remote is not None)
             tokens = [self.add_bos_token, self.prefix_token_id, self.max_length]
             mine = {"model": f"{self.pretrained}, {model}", "plan": self._plan_hash(), "tokens": tokens}
+            if self.live is not None:
+                mine["expert"] = fingerprint(self.live.expert_, remote=bool(self.live.remote_))
             kept = store.get("expertsteer", mine if len(store) == 0 else None)
             if kept != mine:
                 raise ValueError(
@@ -239,9 +300,16 @@ class SteeredLM(_HFLM):
         super().set_cache_hook(cache_hook)
 
     def _plan_hash(self) -> str | None:
+        digest = hashlib.sha256()
+        if self.live is not None:
+            used = [self.live.maps_[pair] for pair in self.live.layers_]
+            acts = [getattr(self.live, name) for name in ("op", "where", "follow", "follow_op", "follow_amount")]
+            digest.update(repr((list(self.live.layers_), float(self.live.amount_), acts)).encode())
+            for tensor in (t for m in used for t in (m.weight, m.bias, m.mean, m.predictor)):
+                digest.update(tensor.numpy().tobytes())
+            return digest.hexdigest()[:16]
         if self.plan is None:
             return None
-        digest = hashlib.sha256()
         for v in self.plan.vectors:
             digest.update(repr((v.layer, v.op, v.where, v.from_step, v.skip_special, v.length)).encode())
             digest.update(v.direction.float().numpy().tobytes())
@@ -254,6 +322,8 @@ class SteeredLM(_HFLM):
             "model_name": self.pretrained, "model_dtype": str(self._model.dtype), "plan": self._plan_hash(),
             "plan_layers": None if self.plan is None else list(self.plan.layers),
             "plan_dose": None if self.plan is None else self.plan.dose, "plan_receipt": receipt.get("verdict"),
+            "live_expert": None if self.live is None else self.live.info_["expert"]["id"],
+            "live_layers": None if self.live is None else [list(pair) for pair in self.live.layers_],
             "remote": None if self.remote is None else self.remote.address,
         }  # fmt: skip
 

@@ -12,6 +12,7 @@ import tiny
 import torch
 from harness import CONTEXTS, ENDS, choices, close, ours, plain, plan_for, requests
 from lm_eval.models.huggingface import HFLM
+from planted import GENERAL
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.interop import _continuations
@@ -278,3 +279,55 @@ for command in {list(commands.values())!r}:
         found[name] = [float(x[0]) for line in lines for x in line["filtered_resps"]]
     assert found["expertsteer"] == pytest.approx(found["hf"], abs=1e-4)
     assert found["steered"] != pytest.approx(found["hf"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"follow": True}, {"where": "shared_ends", "follow": True, "op": "innovation"}], ids=str
+)
+def test_a_live_expert_has_the_numbers_of_its_effect(settings, worth, tmp_path):
+    expert, target = tiny.tiny("gemma3", bos=True), tiny.tiny("llama")
+    live = es.LiveExpert(layers=[(2, 1)], **settings).fit(expert, target, GENERAL, progress=False)
+    options = [" a", " b", " the lazy dog.", " the lazy fox", " world, this"]
+    questions = es.MultipleChoice([(c + " and", options, 0) for c in CONTEXTS if c], per="text")
+    asked = requests(
+        "loglikelihood", [(prompt, option) for prompt, options, _ in questions.items for option in options]
+    )
+    expected = torch.cat([x[1] for x in questions.options(target, [live])]).tolist()
+    plainly = torch.cat([x[0] for x in questions.options(target, [])]).tolist()
+    lm = ours(target, live=live)
+    found = [value for value, _ in lm.loglikelihood(asked, disable_tqdm=True)]
+    assert (
+        found == pytest.approx(expected, abs=1e-3)
+        and max(abs(a - b) for a, b in zip(found, plainly, strict=True)) > 0.01
+    )
+    # spaces at a context's end are the continuation's
+    rows = [(prompt + " ", option.strip()) for prompt, options, _ in questions.items for option in options]
+    moved = lm.loglikelihood(requests("loglikelihood", rows), disable_tqdm=True)
+    assert [value for value, _ in moved] == pytest.approx(expected, abs=1e-3)
+    prompts = [c for c in CONTEXTS if c]
+    until = requests("generate_until", [(c, {"until": ["\n\n"], "max_gen_toks": 8}) for c in prompts])
+    said = [text.split("\n\n")[0] for text in live.generate(prompts, 8)]
+    assert lm.generate_until(until, disable_tqdm=True) == said
+    # from its file
+    again = ours(target, live=live.save(tmp_path / "live.safetensors"), expert=expert)
+    assert [value for value, _ in again.loglikelihood(asked, disable_tqdm=True)] == pytest.approx(expected, abs=1e-3)
+    assert again._plan_hash() == lm._plan_hash() != ours(target)._plan_hash()
+    assert lm.get_model_info()["live_layers"] == [[2, 1]]
+
+
+def test_what_a_live_expert_cannot_read_is_refused(tmp_path):
+    expert, target = tiny.tiny("gemma3", bos=True), tiny.tiny("llama")
+    live = es.LiveExpert(layers=[(2, 1)], follow=True).fit(expert, target, GENERAL, progress=False)
+    with pytest.raises(ValueError, match="only one of them can steer"):
+        ours(target, plan_for(target), live=live)
+    with pytest.raises(ValueError, match=r"cannot steer the model.*width 32 against 64"):
+        ours(tiny.build("llama", hidden_size=64), live=live)
+    with pytest.raises(ValueError, match="does not name its expert"):
+        ours(target, live=live.save(tmp_path / "live.safetensors"))
+    lm = ours(target, live=live)
+    with pytest.raises(ValueError, match="a request has no context"):
+        lm.loglikelihood(requests("loglikelihood", [("", " a dog")]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="a request has no context"):
+        lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("a dog",)]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="or cuts it at 100"):
+        lm.loglikelihood(requests("loglikelihood", [(" ".join(CONTEXTS * 6), " a dog")]), disable_tqdm=True)
