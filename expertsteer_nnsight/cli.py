@@ -1,4 +1,4 @@
-"""The command line: fit, generate, receipt, info, export, on files and model ids, here or on NDIF."""
+"""The command line: fit, generate, receipt, info, export, and a live expert's own, on files and model ids, here or on NDIF."""
 
 from __future__ import annotations
 
@@ -248,6 +248,94 @@ def export(
     typer.echo(f"Wrote {written}. Its reader steers every token, also a <bos>, and knows of no dose.")
 
 
+# -- a live expert -----------------------------------------------------------------------------------------------------
+
+live = typer.Typer(no_args_is_help=True, help="An expert that reads each prompt along, in place of a fixed vector.")
+app.add_typer(live, name="live")
+LiveFile = Annotated[Path, typer.Argument(metavar="LIVE", dir_okay=False, help="a live expert's file")]
+Expert = Annotated[str | None, typer.Option("--expert", help="in place of the file's expert", show_default=False)]
+Target = Annotated[str | None, typer.Option("--model", help="in place of the file's target", show_default=False)]
+_ROWS = "JSON lines with `prompt`, `options` and `answer`, the number of the right option from 0"
+
+
+@live.command("fit")
+def live_fit(
+    expert: Annotated[str, typer.Argument(help="the model that reads along")],
+    target: Annotated[str, typer.Argument(help="the model to steer")],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="where to write it")] = Path("live.safetensors"),
+    anchors: Anchors = None,
+    validation: Annotated[Path | None, _file(f"{_ROWS}: layers and amount are chosen on them")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="read options, and what the target writes, too")] = False,
+    cache: Cache = None,
+    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
+    remote_expert: RemoteExpert = None,
+    remote_target: RemoteTarget = None,
+) -> None:
+    """Fit the maps from the expert to the target on unlabelled texts."""
+    held_out = None if validation is None else _questions_of(validation)
+    models = _model_of(expert, remote_expert), _model_of(target, remote_target)
+    made = es.LiveExpert(follow=follow, random_state=seed)
+    made.fit(*models, _anchors_of(anchors), held_out, cache=cache, **_remotes_of(remote_expert, remote_target))
+    layers = ", ".join(f"{e}>{t} (R² {made.maps_[e, t].r2 or 0:.2f})" for e, t in made.layers_)
+    typer.echo(f"Layers {layers}, amount {made.amount_:g}.\nWrote {made.save(out)}.")
+
+
+@live.command("generate")
+def live_generate(
+    file: LiveFile,
+    prompts: Annotated[list[str], typer.Argument(help="prompts to continue")],
+    expert: Expert = None,
+    model: Target = None,
+    tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 40,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="each prompt is a user's message, in the chat templates")
+    ] = False,
+    unsteered: Annotated[bool, typer.Option("--unsteered", help="print what the model says unsteered, too")] = False,
+    remote_expert: RemoteExpert = None,
+    remote_target: RemoteTarget = None,
+) -> None:
+    """Continue prompts with the expert reading along."""
+    from .measure.rollouts import completions, rollouts
+
+    made = _live_of(file, expert, model, remote_expert, remote_target)
+    texts: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
+    said = {"with the live expert": made.generate(texts, tokens)}
+    if unsteered:
+        plain = rollouts(made.target_, texts, None, tokens, remote=made.remote_target_)
+        said = {"unsteered": completions(made.target_, plain), **said}
+    for name, answers in said.items():
+        for prompt, answer in zip(prompts, answers, strict=True):
+            typer.echo(f"{name + ':' + chr(10) if unsteered else ''}{prompt}{chr(10) if chat else ''}{answer}\n")
+
+
+@live.command("receipt")
+def live_receipt(
+    file: LiveFile,
+    questions: Annotated[Path, _file(f"{_ROWS}: other ones than those that layers were chosen on")],
+    anchors: Anchors = None,
+    expert: Expert = None,
+    model: Target = None,
+    untrained: Annotated[int, typer.Option(help="untrained experts")] = 3,
+    cache: Cache = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="where the receipt goes, as JSON", show_default=False)
+    ] = None,
+    remote_expert: RemoteExpert = None,
+    remote_target: RemoteTarget = None,
+) -> None:
+    """Compare a live expert with its controls on questions."""
+    from .texts.texts import texts_hash
+
+    asked, texts = _questions_of(questions), _anchors_of(anchors)
+    made = _live_of(file, expert, model, remote_expert, remote_target)
+    if made.info_.get("data", {}).get("anchors_hash") != texts_hash(texts):
+        raise ValueError(f"{file} was fitted on other texts than these: give the --anchors that it was made of.")
+    found = made.receipt(asked, texts, untrained=untrained, cache=cache)
+    typer.echo(str(found))
+    if out is not None:
+        typer.echo(f"Wrote {found.save(out)}.")
+
+
 # -- what the arguments mean -------------------------------------------------------------------------------------------
 
 
@@ -304,10 +392,53 @@ def _remotes_of(remote_expert: str | None, remote_target: str | None) -> dict[st
 
 def _texts_of(pairs: Path | None, anchors: Path | None) -> tuple[es.ContrastPairs, list[Any]]:
     """Contrast pairs and anchors, from files or the package's."""
+    labelled = es.example("sentiment_pairs").split("train") if pairs is None else es.ContrastPairs.from_jsonl(pairs)
+    return labelled, _anchors_of(anchors)
+
+
+def _anchors_of(path: Path | None) -> list[Any]:
+    """Anchors, from a file or the package's."""
     from .texts.texts import as_texts
 
-    labelled = es.example("sentiment_pairs").split("train") if pairs is None else es.ContrastPairs.from_jsonl(pairs)
-    return labelled, list(es.example("general")) if anchors is None else as_texts(anchors)
+    return list(es.example("general")) if path is None else as_texts(path)
+
+
+def _live_of(
+    path: Path, expert: str | None, model: str | None, remote_expert: str | None, remote_target: str | None
+) -> es.LiveExpert:
+    """A live expert's file with its models, or those that were named in their place."""
+    names = {"expert": expert, "target": model}
+    known = es.LiveExpert.load(path).info_
+    for side, told in names.items():
+        names[side] = told or known[side]["id"]
+        if not names[side]:
+            option = {"expert": "--expert", "target": "--model"}[side]
+            raise ValueError(f"{path} does not say which model its {side} is: name it with {option}.")
+    wrapped = _model_of(str(names["expert"]), remote_expert), _model_of(str(names["target"]), remote_target)
+    return es.LiveExpert.load(path, *wrapped, **_remotes_of(remote_expert, remote_target))
+
+
+def _questions_of(path: Path) -> es.MultipleChoice:
+    """Questions with options, from a file."""
+    from pydantic import BaseModel, ValidationError
+
+    class Row(BaseModel, extra="ignore"):
+        prompt: str
+        options: list[str]
+        answer: int
+
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(Row.model_validate_json(line, strict=True))
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"]))
+                raise ValueError(
+                    f"Line {number} of {path}: {place or 'it'}: {first['msg']}. It needs {_ROWS}."
+                ) from None
+    return es.MultipleChoice([(row.prompt, row.options, row.answer) for row in rows])
 
 
 def _neutral_of(path: Path | None) -> list[Any]:

@@ -10,12 +10,14 @@ import sys
 import pytest
 import tiny
 import torch
+from nnsight.modeling.transformers import TransformersModel
 from typer.testing import CliRunner
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight import cli
 from expertsteer_nnsight.cli import app
 from expertsteer_nnsight.interop.formats import from_gguf
+from expertsteer_nnsight.measure.answers import AnswersReceipt
 
 COMMANDS = ("fit", "generate", "receipt", "info", "export")
 pytestmark = pytest.mark.filterwarnings("ignore:The direction's correlation with the labels")
@@ -235,3 +237,36 @@ main()
         )
     if arguments == ["info", "--json", "PLAN"]:
         assert json.loads("\n".join(told))["vectors"][0]["strength"] == [0.5, -1.0]
+
+
+def test_a_live_expert_is_fitted_used_and_measured(place, tmp_path):
+    rows = [
+        {"prompt": f"the fox {w} and", "options": [" a dog", " the fox jumps"], "answer": n % 2}
+        for n, w in enumerate("abcd")
+    ]
+    questions, file = tmp_path / "questions.jsonl", tmp_path / "live.safetensors"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = run("live", "fit", place / "expert", place / "target", "--anchors", place / "anchors.txt", "--validation", questions,
+               "--out", file)  # fmt: skip
+    loaded = [
+        TransformersModel(str(place / name), task="text-generation", dispatch=True) for name in ("expert", "target")
+    ]
+    asked = es.MultipleChoice([(row["prompt"], row["options"], row["answer"]) for row in rows])
+    texts = (place / "anchors.txt").read_text().splitlines()
+    live = es.LiveExpert().fit(*loaded, texts, asked, progress=False)
+    assert f"Layers {live.layers_[0][0]}>{live.layers_[0][1]} (R² " in told and f"amount {live.amount_:g}." in told
+    names = ["--expert", place / "expert", "--model", place / "target"]
+    said = run("live", "generate", file, "the quick fox", "a dog", "--tokens", 5, "--unsteered", *names)
+    for answer in live.generate(["the quick fox", "a dog"], 5):
+        assert answer in said
+    assert said.count("unsteered:") == said.count("with the live expert:") == 2
+    out = tmp_path / "receipt.json"
+    where = ["--questions", questions, "--out", out, "--untrained", 1, *names]
+    printed = run("live", "receipt", file, "--anchors", place / "anchors.txt", *where)
+    expected = live.receipt(asked, texts, untrained=1, progress=False)
+    assert str(expected) in printed and AnswersReceipt.load(out).answers == expected.answers
+    run("live", "receipt", file, *where, fails="fitted on other texts than these")
+    for line, told in (("{}", "Line 5 of .*: prompt: Field required"), ("[1", "Line 5 of .*: it: Invalid JSON"),
+                       ('{"prompt": "a", "options": "b", "answer": 0}', "Line 5 of .*: options")):  # fmt: skip
+        questions.write_text("".join(json.dumps(row) + "\n" for row in rows) + line)
+        run("live", "receipt", file, *where, fails=told)
