@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from expertsteer_nnsight.measure.receipts import Receipt
 from recipes import (
     align_models,
     calibrate_strength,
+    live_expert,
     match_layers,
     measure_receipt,
     pair,
@@ -95,3 +98,10 @@ def test_a_receipt_is_measured_at_one_cost(tmp_path, capsys):
     )
     assert Receipt.load(tmp_path / "receipt.json").verdict == found.verdict
     assert (tmp_path / "receipt.png").stat().st_size > 20_000 and "text_features" in capsys.readouterr().out
+
+
+def test_a_live_expert_written_by_hand_says_what_the_package_says(capsys):
+    assert live_expert.main(["--tokens", "8"]) == len(live_expert.QUESTIONS)
+    told = capsys.readouterr().out
+    pairs = re.findall(r"unsteered: (.*)\nlive expert: (.*)\n", told)
+    assert len(pairs) == len(live_expert.QUESTIONS) and any(a != b for a, b in pairs)
