@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,21 +59,57 @@ def live_receipt(
         RemoteFailure: a host, a key or a model cannot be used, or a job failed.
     """
     check_is_fitted(live, "layers_")
-    if len(questions) < 2:
-        raise ValueError(f"{len(questions)} question has no other prompt: give two or more, better some hundred.")
-    target, expert = live.target_, live.expert_
-    arms: dict[str, ByText] = {"live": live, "another prompt": AnotherPrompt(live), "mean": Mean(live)}
+    arms = {"live": live, **live_arms(live, anchors, untrained=untrained, cache=cache, progress=progress)}
+    answers = answered(live, arms, questions, told, progress=progress)
+    return AnswersReceipt(answers, [right for _, _, right in questions.items], questions.unit)
+
+
+def live_arms(
+    live: LiveExpert,
+    anchors: Any,
+    *,
+    untrained: int = 3,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, ByText]:
+    """The controls of a live expert by name, as `live_receipt` tells them, with its arguments."""
+    arms: dict[str, ByText] = {"another prompt": AnotherPrompt(live), "mean": Mean(live)}
     for seed in range(1, untrained + 1):
-        random = untrained_like(expert, seed)
+        random = untrained_like(live.expert_, seed)
         arms[f"untrained, seed {seed}"] = _refitted(
             live, random, live.layers_, anchors, cache, f"untrained-{seed}", progress
         )
-    depth = ModelIdentity.of(target).n_layers
+    depth = ModelIdentity.of(live.target_).n_layers
     later = [(min(depth - 1, t + max(1, round(LATER * depth))), t) for _, t in live.layers_]
-    arms["own layer"] = _refitted(live, target, later, anchors, cache, "own", progress, live.remote_target_)
+    arms["own layer"] = _refitted(live, live.target_, later, anchors, cache, "own", progress, live.remote_target_)
+    return arms
+
+
+def answered(
+    live: LiveExpert,
+    arms: Mapping[str, ByText],
+    questions: MultipleChoice,
+    told: str | None = TOLD,
+    *,
+    progress: bool = True,
+) -> dict[str, list[int]]:
+    """The number of the option that each question is answered with, by arm, and by what else the expert could be used for.
+
+    Args:
+        live: whose models are asked.
+        arms: what steers the target; they share forwards where layers and places are alike.
+        questions: two or more.
+        told: as in `live_receipt`.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: fewer than two questions.
+    """
+    if len(questions) < 2:
+        raise ValueError(f"{len(questions)} question has no other prompt: give two or more, better some hundred.")
     how: dict[str, Any] = {"remote": live.remote_target_, "progress": progress}
-    steered = questions.options(target, list(arms.values()), **how)
-    alone = [x[0] for x in questions.options(expert, [], remote=live.remote_, progress=progress)]
+    steered = questions.options(live.target_, list(arms.values()), **how)
+    alone = [x[0] for x in questions.options(live.expert_, [], remote=live.remote_, progress=progress)]
     answers = {name: [int(x[row].argmax()) for x in steered] for row, name in enumerate(("unsteered", *arms))}
     answers["expert alone"] = [int(x.argmax()) for x in alone]
     answers["ensemble"] = [int((x[0] + y).argmax()) for x, y in zip(steered, alone, strict=True)]
@@ -82,9 +118,9 @@ def live_receipt(
             (told.format(answer=options[best]) + str(prompt), options, right)
             for (prompt, options, right), best in zip(questions.items, answers["expert alone"], strict=True)
         ]
-        spoken = replace(questions, items=items).options(target, [], **how)
+        spoken = replace(questions, items=items).options(live.target_, [], **how)
         answers["told the expert's answer"] = [int(x[0].argmax()) for x in spoken]
-    return AnswersReceipt(answers, [right for _, _, right in questions.items], questions.unit)
+    return answers
 
 
 def _refitted(
