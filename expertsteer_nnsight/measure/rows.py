@@ -97,7 +97,7 @@ def _shared_states(model: Any, residual: Residual, ids: list[int], layer: int, s
 
 def one_text(
     model: Any,
-    steered: SteeringPlan,
+    steered: SteeringPlan | None,
     text: Encoded,
     keep: int,
     rows: int,
@@ -105,21 +105,25 @@ def one_text(
     can_keep: bool,
     stop: bool,
 ) -> list[Tensor]:
-    """What `reduce(logits, ids)` makes of the last `keep` tokens of one text in `rows` rows. Runs on a server as a whole."""
-    residual, first = Residual(model), steered.layers[0]
+    """What `reduce(logits, ids)` makes of the last `keep` tokens of one text in `rows` rows, which `steered` has if there is one.
+
+    Runs on a server as a whole.
+    """
+    residual, first = Residual(model), 0 if steered is None else steered.layers[0]
     tokens = torch.tensor([text.ids] * rows)
     state = _shared_states(model, residual, text.ids, first - 1, stop) if first > 0 else None
     skipped = [] if state is None else [(residual.layers[i], state) for i in range(first)]
-    border = any(v.where in ("completion", "last_prompt") for v in steered.vectors)
+    border = steered is not None and any(v.where in ("completion", "last_prompt") for v in steered.vectors)
     lengths = [text.prompt] * rows if border else None
     call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
     if can_keep:
         call["logits_to_keep"] = keep
     with torch.no_grad(), model.trace(**call):
-        positions = Positions.read(model).without_row(0)
-        for block, output in skipped:
-            block.skip(output.expand(rows, -1, -1))
-        steered.apply(model, positions, lengths)
+        if steered is not None:
+            positions = Positions.read(model).without_row(0)
+            for block, output in skipped:
+                block.skip(output.expand(rows, -1, -1))
+            steered.apply(model, positions, lengths)
         logits = model.output.logits[:, -keep:]
         values = nnsight.save(reduce(logits, tokens[0, -keep:].to(logits.device)))
     return [v.cpu() for v in values]
@@ -128,7 +132,7 @@ def one_text(
 def job(
     model: Any,
     backend: Any,
-    steered: list[SteeringPlan],
+    steered: list[SteeringPlan | None],
     texts: list[Encoded],
     keeps: list[int],
     rows: int,

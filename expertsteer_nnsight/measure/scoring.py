@@ -19,11 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..models.positions import affixes
-from ..models.residual import Residual, config_of
+from ..models.residual import config_of
 from ..ndif.argument import host_of
 from ..states.forward import batches
 from ..steering.plan import SteeringPlan, stack_plans
-from ..steering.vectors import SteeringVector
 from ..texts.texts import Text, as_texts, encode, tokenizer_of
 from .rows import Encoded, Reduce, job, one_text, row_costs, row_likelihoods
 
@@ -107,22 +106,19 @@ def in_rows(
         label: what it says.
     """
     host = host_of(remote)
-    alone = not plans
-    if alone:  # a plan that does nothing, for a row that is dropped
-        width = Residual(model).hidden_size or 1
-        plans = [SteeringPlan([SteeringVector(0, torch.ones(width), 0.0)])]
     # the head over a large vocabulary is a third of a forward, and most models can leave out positions
     can_keep = "logits_to_keep" in signature(model._module.forward).parameters
     length = max(keeps) if can_keep else max(len(text.ids) for text in texts)
     size = _rows_that_fit(model, length, rows, 4e9 if host is None else 1e9)  # a server is shared
     order = sorted(range(len(plans)), key=lambda i: _kind(plans[i]))
-    chunks = [c for _, g in groupby(order, key=lambda i: _kind(plans[i])) for c in batches(list(g), size)]
+    chunks = [c for _, g in groupby(order, key=lambda i: _kind(plans[i])) for c in batches(list(g), size)] or [[]]
     found: list[list[list[Tensor]]] = []
     with tqdm(total=len(chunks) * len(texts), desc=label, unit="forward", disable=not progress) as bar:
         for chunk in chunks:
-            if all(isinstance(plans[i], SteeringPlan) for i in chunk):  # one object, which travels once
+            steered: list[SteeringPlan | None] = [None] * len(texts)
+            if chunk and all(isinstance(plans[i], SteeringPlan) for i in chunk):  # one object, which travels once
                 steered = [stack_plans([_of_text(plans[i], 0) for i in chunk], True)] * len(texts)
-            else:
+            elif chunk:
                 steered = [stack_plans([_of_text(plans[i], k) for i in chunk], True) for k in range(len(texts))]
             count = len(chunk) + 1
             if host is not None:
@@ -136,13 +132,13 @@ def in_rows(
                     mine.append(one_text(model, plan, text, keep, count, reduce, can_keep, True))
                     bar.update()
             found.append(mine)
-    place = [0, *(1 + torch.tensor([i for c in chunks for i in c]).argsort()).tolist()]
+    place = [0, *(1 + torch.tensor([i for c in chunks for i in c], dtype=torch.long).argsort()).tolist()]
     joined = []
     for per_chunk in zip(*found, strict=True):
         parts = [
             torch.cat([c[k] if n == 0 else c[k][1:] for n, c in enumerate(per_chunk)]) for k in range(len(per_chunk[0]))
         ]
-        joined.append([p[place[:1] if alone else place] for p in parts])
+        joined.append([p[place] for p in parts])
     return joined
 
 

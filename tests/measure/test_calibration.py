@@ -16,8 +16,8 @@ from expertsteer_nnsight.measure.calibration import (
     neutral_tokens,
 )
 from expertsteer_nnsight.measure.effects import Words
-from expertsteer_nnsight.measure.scoring import costs, stack
-from expertsteer_nnsight.steering.plan import SteeringPlan, total_strength, with_total
+from expertsteer_nnsight.measure.scoring import costs
+from expertsteer_nnsight.steering.plan import SteeringPlan, stack_plans, total_strength, with_total
 from expertsteer_nnsight.steering.vectors import SteeringVector
 
 
@@ -107,9 +107,9 @@ def test_total_strength_is_a_root_of_summed_squares():
 def test_plans_that_cannot_share_a_forward_are_refused():
     a, b = plans(2)
     with pytest.raises(ValueError, match="same layers, ops and places"):
-        stack([a, b.with_(op="clamp")])
+        stack_plans([a, b.with_(op="clamp")], True)
     with pytest.raises(ValueError, match="none per row"):
-        stack([a.with_(strength=torch.ones(3))])
+        stack_plans([a.with_(strength=torch.ones(3))], True)
 
 
 def test_plans_with_other_norms_places_and_ops_are_measured_as_themselves():
