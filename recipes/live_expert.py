@@ -52,7 +52,8 @@ def by_hand(
             )
         with tracer.invoke():
             ids = nnsight.save(tracer.result)
-    return target.tokenizer.batch_decode(ids[:, -max_new_tokens:], skip_special_tokens=True)
+    width = target.tokenizer(list(prompts), padding=True, return_tensors="pt")["input_ids"].shape[1]
+    return target.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from sklearn.base import clone
-from sklearn.utils.validation import check_is_fitted
 
 from ..measure.answers import AnswersReceipt
 from ..measure.effects import MultipleChoice
+from ..measure.rollouts import completions, rollouts
 from ..models.identity import ModelIdentity
 from ..models.untrained import untrained_like
 from ..steering.plan import SteeringPlan
-from ..texts.texts import Text
+from ..texts.texts import Text, as_texts, texts_hash
 
 if TYPE_CHECKING:
     from ..measure.scoring import ByText
@@ -50,18 +50,35 @@ def live_receipt(
         anchors: those of its fit, on which the controls' maps are fitted.
         untrained: how many seeds.
         told: what stands before the prompt to tell the target the expert's answer, with `{answer}` in it; None leaves that out.
-        cache: folder for the anchors' activations, the same as in `fit`.
+        cache: folder for the anchors' activations, the same as in `fit`, so that the target does not read them again.
         progress: show progress bars.
 
     Raises:
         NotFittedError: `live` is not fitted.
-        ValueError: fewer than two questions.
+        ValueError: fewer than two different prompts, or as `live_arms`.
         RemoteFailure: a host, a key or a model cannot be used, or a job failed.
     """
-    check_is_fitted(live, "layers_")
+    live._setting()
+    _check_questions(questions)
     arms = {"live": live, **live_arms(live, anchors, untrained=untrained, cache=cache, progress=progress)}
     answers = answered(live, arms, questions, told, progress=progress)
-    return AnswersReceipt(answers, [right for _, _, right in questions.items], questions.unit)
+    notes = []
+    known = set(live.info_.get("validation", {}).get("prompts", ()))
+    again = sum(texts_hash([prompt]) in known for prompt, _, _ in questions.items)
+    if again:
+        notes.append(f"{again} of the questions are among those that layers and amount were chosen on")
+    if "own layer" not in arms:
+        notes.append("the target has no later layer than the edited one, so the arm own layer is missing")
+    return AnswersReceipt(answers, [right for _, _, right in questions.items], questions.unit, notes)
+
+
+def _check_questions(questions: MultipleChoice) -> None:
+    """Raises ValueError where no prompt has another."""
+    distinct = len({str(prompt) for prompt, _, _ in questions.items})
+    if distinct < 2:
+        raise ValueError(
+            f"There are {distinct} different prompts, so the expert has no other to read: give more questions."
+        )
 
 
 def live_arms(
@@ -72,16 +89,40 @@ def live_arms(
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, ByText]:
-    """The controls of a live expert by name, as `live_receipt` tells them, with its arguments."""
+    """The controls of a live expert by name, as `live_receipt` tells them, with its arguments.
+
+    Raises:
+        ValueError: other anchors than those of the fit, or a live expert from a file whose aligner the file does not keep.
+    """
+    live._setting()
+    texts = as_texts(anchors)
+    if live.info_.get("data", {}).get("anchors_hash") != texts_hash(texts):
+        raise ValueError("The live expert was fitted on other anchors than these: give those that it was made of.")
+    if not getattr(live, "_own_aligner", True):
+        raise ValueError(
+            f"The live expert's file does not keep its aligner ({live.info_['settings']['aligner']}), so no control can be fitted "
+            "like it: take the receipt of the one that was fitted, or fit it again."
+        )
+    ends = live._ends(live.expert_, texts)
+    folder = None if cache is None else Path(cache)
     arms: dict[str, ByText] = {"another prompt": AnotherPrompt(live), "mean": Mean(live)}
+
+    def refitted(reader: Any, layers: Any, name: str, remote: Any = False) -> LiveExpert:
+        """The same live expert with another model in the expert's place, and maps of its own."""
+        made: Any = clone(live)
+        made.set_params(layers=layers, amount=live.amount_)
+        folders = (None, None) if folder is None else (folder / name, folder / "target")
+        how = {"batch_size": live._batch_size, "remote_target": live.remote_target_, "progress": progress}
+        return made._fit(reader, live.target_, texts, ends, folders, remote_expert=remote, **how)
+
     for seed in range(1, untrained + 1):
-        random = untrained_like(live.expert_, seed)
-        arms[f"untrained, seed {seed}"] = _refitted(
-            live, random, live.layers_, anchors, cache, f"untrained-{seed}", progress
+        arms[f"untrained, seed {seed}"] = refitted(
+            untrained_like(live.expert_, seed), live.layers_, f"untrained-{seed}"
         )
     depth = ModelIdentity.of(live.target_).n_layers
     later = [(min(depth - 1, t + max(1, round(LATER * depth))), t) for _, t in live.layers_]
-    arms["own layer"] = _refitted(live, live.target_, later, anchors, cache, "own", progress, live.remote_target_)
+    if all(own > t for own, t in later):
+        arms["own layer"] = refitted(live.target_, later, "own", live.remote_target_)
     return arms
 
 
@@ -98,15 +139,14 @@ def answered(
     Args:
         live: whose models are asked.
         arms: what steers the target; they share forwards where layers and places are alike.
-        questions: two or more.
+        questions: with two or more different prompts.
         told: as in `live_receipt`.
         progress: show progress bars.
 
     Raises:
-        ValueError: fewer than two questions.
+        ValueError: fewer than two different prompts.
     """
-    if len(questions) < 2:
-        raise ValueError(f"{len(questions)} question has no other prompt: give two or more, better some hundred.")
+    _check_questions(questions)
     how: dict[str, Any] = {"remote": live.remote_target_, "progress": progress}
     steered = questions.options(live.target_, list(arms.values()), **how)
     alone = [x[0] for x in questions.options(live.expert_, [], remote=live.remote_, progress=progress)]
@@ -123,19 +163,6 @@ def answered(
     return answers
 
 
-def _refitted(
-    live: LiveExpert, reader: Any, layers: Any, anchors: Any, cache: Any, name: str, progress: bool, remote: Any = False
-) -> LiveExpert:
-    """The same live expert with another model in the expert's place, and maps of its own."""
-    made: Any = clone(live)
-    made.set_params(layers=layers, amount=live.amount_)
-    where = None if cache is None else Path(cache) / name
-    return made.fit(
-        reader, live.target_, anchors, cache=where, batch_size=live._batch_size, remote_expert=remote,
-        remote_target=live.remote_target_, progress=progress,
-    )  # fmt: skip
-
-
 class AnotherPrompt:
     """A live expert that reads another prompt than the target, of the same set, with the target's own continuation.
 
@@ -150,7 +177,7 @@ class AnotherPrompt:
     def _reads(self, prompts: Sequence[Text]) -> list[Text]:
         distinct = list({str(prompt): prompt for prompt in prompts}.values())
         if len(distinct) < 2:
-            raise ValueError("There is one prompt alone, so the expert has no other to read.")
+            raise ValueError("There is one prompt alone, so the expert has no other to read: give more.")
         order = np.random.default_rng(self.random_state).permutation(len(distinct)).tolist()
         other = {str(distinct[i]): distinct[j] for i, j in zip(order, order[1:] + order[:1], strict=True)}
         return [other[str(prompt)] for prompt in prompts]
@@ -159,9 +186,9 @@ class AnotherPrompt:
         """As `LiveExpert.for_texts`."""
         return self.live.for_texts(prompts, continuations, self._reads(prompts))
 
-    def plan(self, prompts: Sequence[Text]) -> SteeringPlan:
-        """As `LiveExpert.plan`."""
-        return self.live.plan(list(prompts), self._reads(prompts))
+    def generate(self, prompts: Sequence[Text], max_new_tokens: int) -> list[str]:
+        """As `LiveExpert.generate`; where it follows, the other prompt with what is written after this one."""
+        return self.live._setting().generate(prompts, max_new_tokens, self._reads(prompts))
 
 
 class Mean:
@@ -186,7 +213,15 @@ class Mean:
             for p in plans
         ]
 
-    def plan(self, prompts: Sequence[Text]) -> SteeringPlan:
-        """As `LiveExpert.plan`."""
+    def generate(self, prompts: Sequence[Text], max_new_tokens: int) -> list[str]:
+        """As `LiveExpert.generate`.
+
+        Raises:
+            ValueError: the live expert follows what is written, of which there is no mean.
+        """
+        if self.live.follow:
+            raise ValueError("A live expert that follows has no mean of what it will read: take follow=False.")
         plan = self.live.plan(list(prompts))
-        return plan.with_directions([v.direction.mean(0).expand(v.direction.shape) for v in plan.vectors])
+        same = plan.with_directions([v.direction.mean(0).expand(v.direction.shape) for v in plan.vectors])
+        how: dict[str, Any] = {"remote": self.live.remote_target_}
+        return completions(self.live.target_, rollouts(self.live.target_, list(prompts), same, max_new_tokens, **how))

@@ -9,12 +9,13 @@ between models (Ghandeharioun et al., 2024, arXiv 2401.06102).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -26,7 +27,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from ..align.aligner import Aligner, ordinary_rows
-from ..align.closed_form import RidgeAligner
+from ..align.closed_form import CovarianceAligner, IdentityAligner, ProcrustesAligner, RidgeAligner
 from ..files import library_versions, whole_file
 from ..measure.answers import AnswersReceipt
 from ..measure.effects import Effect, MultipleChoice
@@ -51,6 +52,7 @@ DEPTH = (
 )  # of expert and target, where no validation items choose: where it worked for Gemma-3-270M and SmolLM2-135M
 DEPTHS = ((0.59, 0.76, 0.88, 1.0), (0.41, 0.62, 0.76, 0.9))  # from which they choose
 AMOUNTS = (0.5, 1.0, 1.5)
+ALIGNERS = (RidgeAligner, ProcrustesAligner, CovarianceAligner, IdentityAligner)  # whose settings a file keeps
 TENSORS = ("weight", "bias", "mean", "predictor")  # of a map, in a file
 EVERY = 10**6  # shared ends of an anchor
 
@@ -81,11 +83,12 @@ class LiveMap:
     @cached_property
     def known_mean(self) -> Tensor:
         """A predictor that tells the mean of the mapped anchors, whatever the target's activation is."""
-        return torch.cat([torch.zeros_like(self.predictor[:-1]), self.mean[None]])
+        return self.mean[None]
 
     def __call__(self, states: Float[Tensor, "text d_expert"]) -> Float[Tensor, "text d_target"]:
-        """Mapped activations, in float32."""
-        return (states.double() @ self.weight.double() + self.bias.double()).float()
+        """Mapped activations, in float32, on the device of `states`."""
+        weight, bias = (t.to(states.device, torch.float64) for t in (self.weight, self.bias))
+        return (states.double() @ weight + bias).float()
 
 
 class LiveExpert(BaseEstimator):
@@ -177,35 +180,55 @@ class LiveExpert(BaseEstimator):
         """
         self._check()
         texts = as_texts(anchors)
+        folders = (None, None) if cache is None else (Path(cache) / "expert", Path(cache) / "target")
+        self.target_ = target
+        ends = self._ends(expert, texts)
+        how = {
+            "batch_size": batch_size,
+            "remote_expert": remote_expert,
+            "remote_target": remote_target,
+            "progress": progress,
+        }
+        return self._fit(expert, target, texts, ends, folders, validation, **how)
+
+    def _ends(self, expert: Any, texts: list[Any]) -> list[list[int]]:
+        """The shared token ends that the anchors are read at."""
+        known = [(t, len(prefix_ids(t))) for t in map(tokenizer_of, (expert, self.target_))]
+        return shared_ends(texts, known, EVERY if self.anchor_ends is None else self.anchor_ends, self.random_state)
+
+    def _fit(
+        self,
+        expert: Any,
+        target: Any,
+        texts: list[Any],
+        ends: list[list[int]],
+        folders: tuple[Path | None, Path | None],
+        validation: Effect | None = None,
+        *,
+        batch_size: int | None = None,
+        remote_expert: Any = False,
+        remote_target: Any = False,
+        progress: bool = True,
+    ) -> LiveExpert:
+        """`fit` at given shared ends, with a folder for the activations of either model."""
         self.expert_, self.target_, self.remote_, self._batch_size = expert, target, remote_expert, batch_size
         self.remote_target_ = remote_target
         identities = ModelIdentity.of(expert), ModelIdentity.of(target)
         candidates = self._candidates(*identities, choose=validation is not None)
-        known = [(t, len(prefix_ids(t))) for t in map(tokenizer_of, (expert, target))]
-        ends = shared_ends(texts, known, EVERY if self.anchor_ends is None else self.anchor_ends, self.random_state)
-        states = []
-        for side, (model, remote) in enumerate(((expert, remote_expert), (target, remote_target))):
-            layers = sorted({pair[side] for pair in candidates})
-            where = None if cache is None else Path(cache) / ("expert", "target")[side]
-            states.append(
-                collect(
-                    model,
-                    texts,
-                    layers,
-                    ends=ends,
-                    cache=where,
-                    batch_size=batch_size,
-                    remote=remote,
-                    progress=progress,
-                )
+        how: dict[str, Any] = {"ends": ends, "batch_size": batch_size, "progress": progress}
+        read = [
+            collect(
+                model, texts, sorted({pair[side] for pair in candidates}), cache=folders[side], remote=remote, **how
             )
-        self.maps_ = {pair: self._fitted(pair, *states) for pair in candidates}
+            for side, (model, remote) in enumerate(((expert, remote_expert), (target, remote_target)))
+        ]
+        self.maps_ = {pair: self._fitted(pair, *read) for pair in candidates}
         self.info_ = {
             "expert": identities[0].to_dict(),
             "target": identities[1].to_dict(),
             "settings": {k: v if isinstance(v, (int, float, str, type(None))) else str(v)
                          for k, v in self.get_params(deep=False).items()},
-            "data": {"anchors": len(texts), "anchors_hash": texts_hash(texts), "pairs": states[0].n_texts},
+            "data": {"anchors": len(texts), "anchors_hash": texts_hash(texts), "pairs": read[0].n_texts},
             "versions": library_versions(),
         }  # fmt: skip
         self._choose(candidates, validation, progress)
@@ -218,6 +241,15 @@ class LiveExpert(BaseEstimator):
                 raise ValueError(f'{name} is {value!r}: it must be "blend", "innovation" or "add".')
         if self.where not in ("last_prompt", "shared_ends"):
             raise ValueError(f'where is {self.where!r}: it must be "last_prompt" or "shared_ends".')
+        for name, value in (("amount", self.amount), ("follow_amount", self.follow_amount)):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}: it must be a finite number.")
+        if self.anchor_ends is not None and self.anchor_ends < 0:
+            raise ValueError(f"anchor_ends is {self.anchor_ends}: it must be 0 or more, or None for all.")
+        if (
+            self.layers is not None and len({tuple(pair) for pair in self.layers}) != len(self.layers)
+        ) or self.layers == []:
+            raise ValueError(f"layers is {self.layers}: give pairs of an expert and a target layer, each once.")
 
     def _candidates(self, expert: ModelIdentity, target: ModelIdentity, choose: bool) -> list[tuple[int, int]]:
         def at(depth: float, model: ModelIdentity) -> int:
@@ -286,7 +318,9 @@ class LiveExpert(BaseEstimator):
         tried([(layers, self.amount_) for layers in together])
         if self.amount is None:
             tried([(self.layers_, amount) for amount in AMOUNTS if amount != self.amount_])
+        asked = getattr(validation, "items", None) or [(prompt,) for prompt in getattr(validation, "prompts", ())]
         self.info_["validation"] = {
+            "prompts": sorted({texts_hash([item[0]]) for item in asked}),
             "items": len(validation), "unit": validation.unit, "unsteered": unsteered,
             "settings": [[[list(p) for p in layers], amount, score] for layers, amount, score in self.validation_],
         }  # fmt: skip
@@ -323,6 +357,19 @@ class LiveExpert(BaseEstimator):
         """
         return self._setting().for_texts(prompts, continuations, reads)
 
+    def follow_ids(
+        self, prompts: Sequence[Text], max_new_tokens: int, reads: Sequence[Text] | None = None
+    ) -> list[list[int]]:
+        """Token ids of continuations that the expert reads as they are written, in one batch; `reads` as in `plan`.
+
+        Raises:
+            NotFittedError: before `fit`.
+            RemoteFailure: a model is remote and could not be run.
+        """
+        from .live_generation import follow
+
+        return follow(self._setting(), prompts, max_new_tokens, reads)
+
     def receipt(self, questions: MultipleChoice, anchors: Any, **settings: Any) -> AnswersReceipt:
         """Compares it with its controls on held-out questions; `fit.live_controls.live_receipt` has the arguments."""
         from .live_controls import live_receipt
@@ -342,6 +389,9 @@ class LiveExpert(BaseEstimator):
     ) -> list[str]:
         """What the target says after each prompt, which the expert has read; with `follow` it reads on what the target writes.
 
+        Followed text takes the likeliest token at each step, whatever else the model's generation settings say (such as a
+        penalty of repetition). Without `follow` it is the model's own `generate`.
+
         Args:
             prompts: strings or chat messages.
             max_new_tokens: of each.
@@ -349,22 +399,10 @@ class LiveExpert(BaseEstimator):
             do_sample: draw tokens, as the model's generation settings say, instead of taking the most likely; not with `follow`.
 
         Raises:
-            ValueError: as `plan`, or `do_sample` with `follow`.
+            ValueError: as `plan`, or `do_sample` with `follow`, or the target is a TransformerBridge.
             RemoteFailure: as `plan`.
         """
-        texts = as_texts(prompts)
-        if self.follow:
-            if do_sample:
-                raise ValueError(
-                    "A live expert that follows takes the likeliest token at each step: leave do_sample out."
-                )
-            from .live_generation import follow
-
-            parts = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
-            made = [row for part in parts for row in follow(self, part, max_new_tokens)]
-            return [tokenizer_of(self.target_).decode(row, skip_special_tokens=True) for row in made]
-        how: dict[str, Any] = {"batch_size": batch_size, "do_sample": do_sample, "remote": self.remote_target_}
-        return completions(self.target_, rollouts(self.target_, texts, self.plan(texts), max_new_tokens, **how))
+        return self._setting().generate(as_texts(prompts), max_new_tokens, batch_size=batch_size, do_sample=do_sample)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -378,8 +416,12 @@ class LiveExpert(BaseEstimator):
         used = [self.maps_[pair] for pair in self.layers_]
         tensors = {f"{i}.{name}": getattr(one, name) for i, one in enumerate(used) for name in TENSORS}
         kept = {k: v for k, v in self.get_params(deep=False).items() if k not in ("aligner", "layers", "amount")}
+        aligner = self.aligner if self.aligner is not None else RidgeAligner()
+        plain = all(isinstance(v, (int, float, str, bool, tuple, type(None))) for v in aligner.get_params().values())
+        known = {"name": type(aligner).__name__, "parameters": aligner.get_params()}
         header = {
             "format_version": VERSION, "settings": kept, "amount": self.amount_, "info": self.info_,
+            "aligner": known if plain and type(aligner) in ALIGNERS else None,
             "maps": [{"expert": m.expert, "target": m.target, "norm": m.norm, "r2": m.r2} for m in used],
         }  # fmt: skip
         about = {"format": FORMAT, "live_expert": json.dumps(header)}
@@ -394,6 +436,7 @@ class LiveExpert(BaseEstimator):
         *,
         remote_expert: bool | str | Remote = False,
         remote_target: bool | str | Remote = False,
+        any_id: bool = False,
     ) -> LiveExpert:
         """Reads what `save` wrote; never unpickles.
 
@@ -403,6 +446,7 @@ class LiveExpert(BaseEstimator):
             target: the same.
             remote_expert: where the expert is read (`fit`).
             remote_target: where the target runs.
+            any_id: take models of other ids (width and depth must fit).
 
         Raises:
             FileNotFoundError: no such file.
@@ -410,7 +454,19 @@ class LiveExpert(BaseEstimator):
         """
         header, tensors = _read_file(path)
         layers = [(m.expert, m.target) for m in header.maps]
-        live = cls(**header.settings.model_dump(), layers=layers, amount=header.amount)
+        made = {kind.__name__: kind for kind in ALIGNERS}
+        known = header.aligner
+        try:
+            told = (
+                {}
+                if known is None
+                else {k: tuple(v) if isinstance(v, list) else v for k, v in known.parameters.items()}
+            )
+            aligner = None if known is None else made[known.name](**told)
+        except TypeError as error:
+            raise ValueError(f"The header of {path} is damaged: the aligner's parameters ({error}).") from None
+        live = cls(aligner, **header.settings.model_dump(), layers=layers, amount=header.amount)
+        live._own_aligner = known is not None
         live._check()
         live.maps_ = {}
         for i, m in enumerate(header.maps):
@@ -422,7 +478,7 @@ class LiveExpert(BaseEstimator):
         for model, name in ((expert, "expert"), (target, "target")):
             if model is not None:
                 what = f"This live expert cannot have that model as its {name}"
-                ModelIdentity(**live.info_[name]).check(ModelIdentity.of(model), what)
+                ModelIdentity(**live.info_[name]).check(ModelIdentity.of(model), what, any_id)
         return live
 
 
@@ -472,6 +528,37 @@ class _Setting:
             SteeringPlan(mine, target)
             for mine in self._vectors(prompts, continuations, prompts if reads is None else reads)
         ]
+
+    def generate(
+        self,
+        prompts: Sequence[Text],
+        max_new_tokens: int,
+        reads: Sequence[Text] | None = None,
+        *,
+        batch_size: int = 32,
+        do_sample: bool = False,
+    ) -> list[str]:
+        """As `LiveExpert.generate`; `reads` as in `LiveExpert.plan`."""
+        from .live_generation import follow
+
+        live, prompts = self.live, list(prompts)
+        read = prompts if reads is None else list(reads)
+        if type(live.target_._module).__name__ == "TransformerBridge":
+            raise ValueError(
+                "A TransformerBridge generates outside of nnsight: run its own generate in "
+                "bridge.hooks(fwd_hooks=live.plan([prompt]).to_transformer_lens(bridge)), prompt by prompt."
+            )
+        if not live.follow:
+            plan = self.plan(prompts, read)
+            how: dict[str, Any] = {"batch_size": batch_size, "do_sample": do_sample, "remote": live.remote_target_}
+            return completions(live.target_, rollouts(live.target_, prompts, plan, max_new_tokens, **how))
+        if do_sample:
+            raise ValueError("A live expert that follows takes the likeliest token at each step: leave do_sample out.")
+        made = []
+        for i in range(0, len(prompts), batch_size):
+            some = slice(i, i + batch_size)
+            made += follow(self, prompts[some], max_new_tokens, read[some])
+        return [tokenizer_of(live.target_).decode(row, skip_special_tokens=True) for row in made]
 
     def _vectors(
         self, prompts: Sequence[Text], continuations: Sequence[str] | None, reads: Sequence[Text]
@@ -546,6 +633,11 @@ class _MapHeader(BaseModel, extra="forbid"):
     r2: FiniteFloat | None
 
 
+class _Aligner(BaseModel, extra="forbid"):
+    name: Literal["RidgeAligner", "ProcrustesAligner", "CovarianceAligner", "IdentityAligner"]
+    parameters: dict[str, float | int | str | bool | list[float] | None]
+
+
 class _Settings(BaseModel, extra="forbid"):
     op: str
     where: str
@@ -560,6 +652,7 @@ class _Header(BaseModel, extra="forbid"):
     format_version: int
     settings: _Settings
     amount: FiniteFloat
+    aligner: _Aligner | None
     info: dict[str, Any]
     maps: list[_MapHeader] = Field(min_length=1)
 

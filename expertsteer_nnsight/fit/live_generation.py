@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import signature
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import nnsight
@@ -24,7 +25,7 @@ from ..steering.vectors import SteeringVector
 from ..texts.texts import Text, encode, tokenizer_of
 
 if TYPE_CHECKING:
-    from .live_expert import LiveExpert
+    from .live_expert import _Setting
 
 _ATTENTION = ("DynamicLayer", "DynamicSlidingWindowLayer")  # kinds of cache whose columns can be masked
 
@@ -49,8 +50,9 @@ class Reader:
 
     def __call__(self, ids: list[list[int]]) -> dict[int, Tensor]:
         """Activations `[row, hidden]` of each layer at the last of a row's tokens."""
+        kept = self._kept(ids)
         if self.cache is not None:
-            fed = max(len(row) for row in ids) if not self.ids else 1 + max(map(len, ids)) - min(map(len, self.ids))
+            fed = max(len(row) - count for row, count in zip(ids, kept, strict=True))
             window = getattr(config_of(self.model), "sliding_window", None)
             if window and self.mask.shape[1] + fed > window:
                 self.cache = None  # a window counts columns, and masked ones are among them
@@ -59,20 +61,23 @@ class Reader:
             backend = None if self.host is None else self.host.backend(self.model)
             found = forward(self.model, self.residual, batch, self.layers, None, 0, backend)
             return {layer: found[f"layer.{layer}"] for layer in self.layers}
-        return self._onwards(ids)
+        return self._onwards(ids, kept)
 
-    def _onwards(self, ids: list[list[int]]) -> dict[int, Tensor]:
-        """The same, where only what is new of each row is run."""
+    def _kept(self, ids: list[list[int]]) -> list[int]:
+        """How many first tokens of each row are in the cache; its last token is run in any case."""
         if not self.ids:
-            self.ids, self.columns = [[] for _ in ids], [[] for _ in ids]
-            self.mask = torch.zeros(len(ids), 0, dtype=torch.long)
-        kept = []
-        for row, mine in enumerate(ids):
-            same = next((i for i, (a, b) in enumerate(zip(self.ids[row], mine, strict=False)) if a != b), None)
-            same = min(len(self.ids[row]), len(mine)) if same is None else same
-            kept.append(min(same, len(mine) - 1))  # the last token is run in any case
-            self.mask[row, self.columns[row][kept[row] :]] = 0
-            self.columns[row] = self.columns[row][: kept[row]]
+            return [0] * len(ids)
+        same = [sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False)))
+                for a, b in zip(self.ids, ids, strict=True)]  # fmt: skip
+        return [min(count, len(mine) - 1) for count, mine in zip(same, ids, strict=True)]
+
+    def _onwards(self, ids: list[list[int]], kept: list[int]) -> dict[int, Tensor]:
+        """Activations where only what is new of each row is run."""
+        if not self.ids:
+            self.columns, self.mask = [[] for _ in ids], torch.zeros(len(ids), 0, dtype=torch.long)
+        for row, count in enumerate(kept):
+            self.mask[row, self.columns[row][count:]] = 0
+            self.columns[row] = self.columns[row][:count]
         new = [mine[count:] for mine, count in zip(ids, kept, strict=True)]
         width, past = max(map(len, new)), self.mask.shape[1]
         block = torch.tensor([row + [0] * (width - len(row)) for row in new])
@@ -217,24 +222,31 @@ class Story:
         return [*ids, *self.expert(more, add_special_tokens=False)["input_ids"]], whole and bool(more)
 
 
-def follow(live: LiveExpert, prompts: Sequence[Text], max_new_tokens: int, cached: bool = True) -> list[list[int]]:
+def follow(
+    setting: _Setting,
+    prompts: Sequence[Text],
+    max_new_tokens: int,
+    reads: Sequence[Text] | None = None,
+    cached: bool = True,
+) -> list[list[int]]:
     """Greedy continuations of prompts, which the expert reads as they are written: new token ids, without an end token.
 
     Args:
-        live: a fitted live expert.
+        setting: of a fitted live expert.
         prompts: strings or chat messages.
         max_new_tokens: of each.
+        reads: what the expert reads in the prompts' place, before what is written.
         cached: keep keys and values of both models; without, every step reads everything again.
     """
-    setting = live._setting()
+    live, reads = setting.live, prompts if reads is None else reads
     tokenizer, module = tokenizer_of(live.target_), live.target_._module
     known = affixes(tokenizer)
     ids = [encode(tokenizer, prompt, known)[0] for prompt in prompts]
-    stories = [Story(tokenizer_of(live.expert_), tokenizer, p, row) for p, row in zip(prompts, ids, strict=True)]
+    stories = [Story(tokenizer_of(live.expert_), tokenizer, r, row) for r, row in zip(reads, ids, strict=True)]
     ends = module.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, (list, tuple)) else [ends])} - {None}
     reader = Reader(live.expert_, [m.expert for m in setting.maps], live.remote_, cached)
-    writer = Writer(live.target_, live.plan(list(prompts)), ids, live.remote_target_, cached)
+    writer = Writer(live.target_, setting.plan(prompts, reads), ids, live.remote_target_, cached)
     found: list[list[int]] = [[] for _ in prompts]
     open_rows, vectors = set(range(len(prompts))), []
     for _ in range(max_new_tokens):

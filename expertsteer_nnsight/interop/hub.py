@@ -35,6 +35,7 @@ def card(plan: SteeringPlan, repo_id: str) -> str:
         from ..measure.receipts import Receipt
 
         measured = f"```\n{Receipt.from_dict(receipt)}\n```"
+    prompt = '"The weekend was"' if plan.prompts is None else "PROMPTS"  # those that it was made for
     source = f" The directions come from `{expert['id']}`." if expert.get("id") else ""
     return f"""---
 {about.to_yaml()}
@@ -51,7 +52,7 @@ from nnsight.modeling.transformers import TransformersModel
 
 model = {load}, task="text-generation", dispatch=True)
 steered = es.SteeringPlan.from_hub("{repo_id}").attach(model)
-with steered.generate("The weekend was", max_new_tokens=20) as tracer:
+with steered.generate({prompt}, max_new_tokens=20) as tracer:
     ids = nnsight.save(tracer.result)
 ```
 

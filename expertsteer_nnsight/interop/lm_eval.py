@@ -29,12 +29,12 @@ except ImportError as error:
         'Evaluating with lm-evaluation-harness needs the extra: pip install "expertsteer_nnsight[lm-eval]".'
     ) from error
 
+from ..measure.continuations import Scorer, Text, has_border
 from ..models.identity import ModelIdentity, fingerprint
 from ..models.positions import prefix_of
 from ..ndif.argument import host_of
-from ..steering.plan import SteeringPlan
+from ..steering.plan import SteeringPlan, stack_plans
 from ..texts.texts import encode_continued, tokenizer_of
-from ._continuations import Scorer, Text, has_border
 
 if TYPE_CHECKING:
     from ..fit.live_expert import LiveExpert
@@ -139,6 +139,7 @@ class SteeredLM(_HFLM):
                 raise ValueError(
                     "batch_size is 'auto', which tries sizes on this machine: name a number for a remote model."
                 )
+        self._chats: dict[str, list[dict[str, str]]] = {}
         self._score = Scorer(self.nn_model, self.plan, self.remote, share_contexts and self.logits_cache)
         self._steered = self.nn_model if self.plan is None else self.plan.attach(self.nn_model)
 
@@ -150,7 +151,8 @@ class SteeredLM(_HFLM):
         if named is None:
             raise ValueError(f"{path} does not name its expert: give expert=.")
         reader = _loaded(named, host_of(remote), *how) if isinstance(named, (str, Path)) else named
-        return LiveExpert.load(path, reader, self.nn_model, remote_expert=remote, remote_target=self.remote or False)
+        where: dict[str, Any] = {"remote_expert": remote, "remote_target": self.remote or False}
+        return LiveExpert.load(path, reader, self.nn_model, **where, any_id=expert is not None)
 
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
         """Unsteered logits; `hf` finds the largest batch with it."""
@@ -211,7 +213,25 @@ class SteeredLM(_HFLM):
                     )
             prompts.append(prompt)
             continuations.append(more)
-        return live.for_texts(prompts, continuations)
+        return live.for_texts(prompts, continuations, self._reads([names[0] for names, *_ in requests], live))
+
+    def _reads(self, contexts: Sequence[str], live: LiveExpert) -> list[Any]:
+        """What the expert reads: a chat in its own template where lm-eval wrote it in the target's."""
+        if not self._chats:
+            return [context.rstrip() for context in contexts]
+        if live.follow or live.where != "last_prompt":
+            raise ValueError(
+                "With a chat template a live expert reads the prompt alone, because templates differ: leave out the template, or "
+                "fit one without follow and shared_ends."
+            )
+        return [self._chats.get(context) or context.rstrip() for context in contexts]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As in `hf`; a live expert reads the same messages."""
+        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        if self.live is not None:
+            self._chats[text] = [dict(message) for message in chat_history]
+        return text
 
     def tok_batch_encode(self, strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """As in `hf`; a live expert reads the same strings in `_model_generate`."""
@@ -270,13 +290,27 @@ class SteeredLM(_HFLM):
             options["backend"] = self.remote.backend(self.nn_model)
         steered = self._steered
         if self.live is not None:
-            steered = self.live.plan(self._strings).attach(self.nn_model)
+            reads = self._reads(self._strings, self.live)
+            if self.live.follow:
+                return self._followed(self.live, context, options, reads)
+            plans = self.live.for_texts([text.rstrip() or text for text in self._strings], None, reads)
+            steered = stack_plans(plans).attach(self.nn_model)
         with (
             torch.no_grad(),
             steered.generate({"input_ids": context, "attention_mask": mask}, **options) as tracer,
         ):
             ids = nnsight.save(tracer.result)
         return ids.cpu()
+
+    def _followed(self, live: LiveExpert, context: Tensor, options: dict[str, Any], reads: list[Any]) -> Tensor:
+        """Continuations that the expert reads as they are written."""
+        if options["do_sample"]:
+            raise ValueError("A live expert that follows takes the likeliest token at each step: leave do_sample out.")
+        made = live.follow_ids(self._strings, options["max_new_tokens"], reads)
+        width = max(len(row) for row in made)
+        end = self.eot_token_id
+        rows = torch.tensor([row + [end] * (width + 1 - len(row)) for row in made], dtype=context.dtype)
+        return torch.cat([context.cpu(), rows], 1)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """lm-eval's cache of requests knows nothing of plans, so one file of it serves one model with one plan.
@@ -313,6 +347,7 @@ class SteeredLM(_HFLM):
         for v in self.plan.vectors:
             digest.update(repr((v.layer, v.op, v.where, v.from_step, v.skip_special, v.length)).encode())
             digest.update(v.direction.float().numpy().tobytes())
+            digest.update(repr(v.at).encode() + (b"" if v.predictor is None else v.predictor.numpy().tobytes()))
         return digest.hexdigest()[:16]
 
     def get_model_info(self) -> dict[str, Any]:

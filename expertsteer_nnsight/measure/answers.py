@@ -18,7 +18,7 @@ from ..files import library_versions, whole_file
 from .receipts import interval
 
 REFERENCES = ("expert alone", "ensemble", "told the expert's answer")  # which a live expert need not exceed
-LEVEL = 0.05
+LEVEL, RESAMPLES = 0.05, 2000
 Right = Sequence[bool] | Sequence[int] | np.ndarray
 
 
@@ -97,17 +97,20 @@ class AnswersReceipt:
 
     @property
     def share(self) -> tuple[float, float, float] | None:
-        """(live - unsteered) / (expert alone - unsteered) with its 95 % interval; None unless the expert is surely ahead."""
+        """(live - unsteered) / (expert alone - unsteered) with its 95 % interval (bootstrap).
+
+        None unless the expert leads in all resamples: a ratio would mean nothing.
+        """
         if "expert alone" not in self.answers:
             return None
         base = self.hits("unsteered")
-        lead = self.hits("expert alone") - base
-        if interval(lead)[1] <= 0:
+        gain, lead = self.hits("live") - base, self.hits("expert alone") - base
+        rows = np.random.default_rng(0).integers(len(base), size=(RESAMPLES, len(base)))
+        leads = lead[rows].mean(1)
+        if lead.mean() <= 0 or leads.min() <= 0:  # then a ratio means nothing
             return None
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return interval(
-                np.stack([self.hits("live") - base, lead]), lambda a, b, axis=-1: a.mean(axis) / b.mean(axis)
-            )
+        low, high = np.quantile(gain[rows].mean(1) / leads, [0.025, 0.975])
+        return float(gain.mean() / lead.mean()), float(low), float(high)
 
     @property
     def moved(self) -> dict[str, int]:

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from ..ndif.argument import host_of
 from ..steering.plan import SteeringPlan
 from ..texts.texts import Text, encode_continued, tokenizer_of
+from .continuations import Scorer
+from .continuations import Text as Scored
 from .rollouts import completions, rollouts
 from .rows import Encoded, log_odds
 from .scoring import ByText, by_text, encoded, in_rows, likelihoods
@@ -294,7 +299,12 @@ class MultipleChoice:
         asked = [(prompt, option) for prompt, options, _ in self.items for option in options]
         known = [_continued(model, prompt, text) for prompt, text in asked]
         steering = by_text(plans, [prompt for prompt, _ in asked], [text for _, text in asked])
-        found = likelihoods(model, steering, known, rows=rows, remote=remote, progress=progress)
+        if host_of(remote) is None and not any(
+            isinstance(one, SteeringPlan) or touches_context(one, known) for one in steering
+        ):
+            found = _with_shared_contexts(model, steering, known, rows or 64, progress)
+        else:
+            found = likelihoods(model, steering, known, rows=rows, remote=remote, progress=progress)
         length = {
             "character": [len(text.removeprefix(" ")) for _, text in asked],
             "token": [len(text.ids) - text.prompt for text in known],
@@ -318,6 +328,41 @@ class MultipleChoice:
         """
         found = self.options(model, plans, rows=rows, remote=remote, progress=progress)
         return torch.stack([ahead(x, right) for x, (_, _, right) in zip(found, self.items, strict=True)], 1)
+
+
+def touches_context(plans: Sequence[SteeringPlan], texts: Sequence[Encoded]) -> bool:
+    """Whether plans, one a text, steer any token of a prompt but its last one."""
+    for plan, text in zip(plans, texts, strict=True):
+        for v in plan.vectors:
+            within = v.where == "last_prompt" or (v.where == "completion" and v.from_step == 0)
+            if not within and (v.at is None or any(place < text.prompt - 1 for row in v.at for place in row)):
+                return True
+    return False
+
+
+def _with_shared_contexts(
+    model: Any, steering: Sequence[Sequence[SteeringPlan]], known: list[Encoded], rows: int, progress: bool
+) -> Tensor:
+    """As `likelihoods`, where plans begin at a prompt's last token: what is before it is read once for all options and plans."""
+    texts = [Scored(tuple(t.ids[:-1]), t.prompt, len(t.ids) - t.prompt, (t.ids[-1],)) for t in known]
+    found = torch.zeros(1 + len(steering), len(known))
+    order = sorted(range(len(steering)), key=lambda i: [v.kind for v in steering[i][0].vectors])
+    groups = [list(g) for _, g in groupby(order, key=lambda i: [v.kind for v in steering[i][0].vectors])] or [[]]
+    total = len(known) * (1 + len(steering))
+    with tqdm(total=total, desc="log-likelihoods", unit="text", disable=not progress) as bar:
+        for number, group in enumerate(groups):
+            # unsteered rows beside the first group's: the same plans without any strength
+            own = [[0.0 * plan for plan in steering[group[0]]]] if group and number == 0 else []
+            own += [list(steering[i]) for i in group]
+            places = ([0] if number == 0 else []) + [1 + i for i in group]
+
+            def done(text: int, values: Tensor, places: list[int] = places) -> None:
+                found[places[text // len(known)], text % len(known)] = float(values[0].sum())
+                bar.update()
+
+            plans = [plan for arm in own for plan in arm] or None
+            Scorer(model, None)(texts * len(places), rows, done, plans)
+    return found
 
 
 def ahead(options: Tensor, right: int) -> Tensor:
@@ -380,9 +425,12 @@ class Judged(_OfPrompts):
         """
         found = []
         for plan in (None, *plans):
-            one = plan.plan(self.prompts) if isinstance(plan, ByText) else plan
-            made = rollouts(model, list(self.prompts), one, self.max_new_tokens, remote=remote)
-            scores = torch.as_tensor(self.judge(completions(model, made)), dtype=torch.float32).flatten()
+            if plan is None or isinstance(plan, SteeringPlan):
+                made = rollouts(model, list(self.prompts), plan, self.max_new_tokens, remote=remote)
+                said = completions(model, made)
+            else:
+                said = plan.generate(list(self.prompts), self.max_new_tokens)
+            scores = torch.as_tensor(self.judge(said), dtype=torch.float32).flatten()
             if len(scores) != len(self):
                 raise ValueError(f"The judge gave {len(scores)} scores for {len(self)} texts: it must give one each.")
             found.append(scores)

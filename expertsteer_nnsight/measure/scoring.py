@@ -50,8 +50,8 @@ class ByText(Protocol):
         """A plan for each prompt with its continuation, without rows and prompts of its own; `given` places have one row."""
         ...
 
-    def plan(self, prompts: Sequence[Text]) -> SteeringPlan:
-        """One plan with a row for each prompt."""
+    def generate(self, prompts: Sequence[Text], max_new_tokens: int) -> list[str]:
+        """What the target says after each prompt."""
         ...
 
 

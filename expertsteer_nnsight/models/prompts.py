@@ -37,7 +37,9 @@ class Prompts:
     checksums: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.lengths) != len(self.checksums) or min(self.lengths, default=0) < 1:
+        whole = all(type(x) is int for x in (*self.lengths, *self.checksums))
+        fits = whole and min(self.lengths, default=0) > 0 and all(0 <= x < _PRIME for x in self.checksums)
+        if len(self.lengths) != len(self.checksums) or not fits:
             raise ValueError(
                 f"Prompts need a positive length and a checksum each, got {self.lengths} and {self.checksums}."
             )
@@ -52,11 +54,19 @@ class Prompts:
         return Prompts(tuple(self.lengths[i] for i in rows), tuple(self.checksums[i] for i in rows))
 
     def check(self, positions: Positions) -> None:
-        """Compares them with what a forward begins with; a forward that goes on from a cache begins with nothing.
+        """Compares them with what a forward begins with; a decode step begins with nothing.
+
+        Rows that `Positions.only_rows` leaves out are not compared.
 
         Raises:
-            ValueError: another number of rows, a row that begins with other tokens, or embeddings in place of tokens.
+            ValueError: another number of rows, a row that begins with other tokens, a prompt that comes in several forwards or
+                after a cache of the caller's, or embeddings in place of tokens.
         """
+        if positions.chunked or (positions.past > 0 and positions.step == 0):
+            raise ValueError(
+                "The plan was made for certain prompts, but a prompt comes in several forwards (prefill_chunk_size, or a cache "
+                "that was passed in), so they cannot be compared: run whole prompts."
+            )
         if positions.past > 0:
             return
         if len(positions.real) != len(self.lengths):
@@ -69,13 +79,14 @@ class Prompts:
                 "The plan was made for certain prompts, but the model was called with embeddings, which cannot be compared with "
                 "them: call it with text or token ids."
             )
-        lengths = torch.tensor(self.lengths, device=positions.real.device)
-        if positions.chunked and bool((positions.real.sum(1) < lengths).any()):
-            return  # the rest of a prompt is in the next forward
-        mine = positions.real & (positions.index < lengths[:, None])
-        index = positions.index.clamp(0, int(lengths.max()) - 1)
-        found = _checksums(positions.ids, int(lengths.max()), index, mine)
-        other = (found != torch.tensor(self.checksums, device=found.device)) | (mine.sum(1) != lengths)
+        count, seen = positions.real.sum(1), positions.real.any(1)
+        lengths = torch.tensor(self.lengths, device=count.device)
+        other = seen & (count < lengths)
+        if not bool(other.any()):
+            length = int(lengths[seen].max()) if bool(seen.any()) else 1
+            mine = positions.real & (positions.index < lengths[:, None])
+            found = _checksums(positions.ids, length, positions.index.clamp(0, length - 1), mine)
+            other = seen & (found != torch.tensor(self.checksums, device=found.device))
         if bool(other.any()):
             rows = other.nonzero()[:, 0].tolist()
             raise ValueError(

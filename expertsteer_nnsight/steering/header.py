@@ -63,7 +63,7 @@ class VectorHeader:
             )
         if (self.at is None) == (self.where == "given"):
             raise ValueError(f'where={self.where!r} with at={self.at!r:.40}: where="given" and at= need each other.')
-        if any(place < 0 or row.count(place) > 1 for row in self.at or () for place in row):
+        if any(len(set(row)) < len(row) or min(row, default=0) < 0 for row in self.at or ()):
             raise ValueError("The places in at= are token numbers from 0, each once a row.")
 
 

@@ -99,7 +99,7 @@ def _read(path: str | Path, framework: str, wanted: Any) -> tuple[PlanHeader, di
     for i, v in enumerate(plan["vectors"]):
         by_row = tensors.get(f"{i}.strength")
         shape = shapes[f"{i}.direction"]
-        at = None if v.get("at") is None else tuple(map(tuple, v["at"]))
+        at = None if v.get("at") is None else _integers(v["at"], f"The places of vector {i} in {path}")
         by_direction = len(at) if at is not None else shape[0] if len(shape) == 2 else None
         vectors.append(
             VectorHeader(
@@ -109,4 +109,19 @@ def _read(path: str | Path, framework: str, wanted: Any) -> tuple[PlanHeader, di
                 at=at,
             )
         )
-    return PlanHeader(plan["target"], tuple(vectors), plan["info"], plan.get("prompts")), tensors
+    prompts = plan.get("prompts")
+    if prompts is not None:
+        wrong = not isinstance(prompts, dict) or set(prompts) != {"lengths", "checksums"}
+        _integers(None if wrong else [*prompts.values()], f"The prompts of {path}")
+    return PlanHeader(plan["target"], tuple(vectors), plan["info"], prompts), tensors
+
+
+def _integers(rows: Any, what: str) -> tuple[tuple[int, ...], ...]:
+    """Lists of integers as tuples.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not isinstance(rows, list) or not all(isinstance(r, list) and all(type(x) is int for x in r) for r in rows):
+        raise ValueError(f"{what} are damaged: they must be lists of whole numbers.")
+    return tuple(map(tuple, rows))

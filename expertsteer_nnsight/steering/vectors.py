@@ -80,7 +80,8 @@ class SteeringVector:
         from_step: with `completion`: the first new token whose prediction is steered.
         skip_special: leave special tokens that the tokenizer prepends (`<bos>`) as they are.
         at: with `given`: for each row, which of its tokens are edited, counted from 0 with the prepended ones.
-        predictor: with `innovation`: p as a matrix `[hidden + 1, hidden]`, whose last row is the constant.
+        predictor: with `innovation`: p as a matrix `[hidden + 1, hidden]`, whose last row is the constant; `[1, hidden]` for a
+            constant alone.
 
     Raises:
         ValueError: zero, NaN or infinite directions or strengths, unknown op or where, a negative layer, places or a predictor
@@ -134,12 +135,16 @@ class SteeringVector:
         if self.predictor is None:
             return
         width = self.direction.shape[-1]
-        predictor = torch.as_tensor(self.predictor).detach()
-        if predictor.shape != (width + 1, width):
+        predictor = torch.as_tensor(self.predictor)
+        if predictor.shape not in ((width + 1, width), (1, width)):
             raise ValueError(
-                f"The predictor must be [hidden + 1, hidden], here ({width + 1}, {width}), but has {tuple(predictor.shape)}."
+                f"The predictor must be [hidden + 1, hidden], here ({width + 1}, {width}), or [1, hidden], but has "
+                f"{tuple(predictor.shape)}."
             )
-        object.__setattr__(self, "predictor", finite(predictor, f"The predictor of layer {self.layer}").float())
+        finite(predictor, f"The predictor of layer {self.layer}")
+        if predictor.requires_grad or predictor.dtype != torch.float32:
+            predictor = predictor.detach().float()
+        object.__setattr__(self, "predictor", predictor)  # the same object for many vectors travels once
 
     @property
     def header(self) -> VectorHeader:
@@ -215,6 +220,9 @@ class SteeringVector:
             raise ValueError(
                 "The vector has places of its own, which a mask does not tell: call edit_at(h, positions) instead."
             )
+        if mask is not None and self.predictor is not None and len(self.predictor) > 1:  # a product, at few positions
+            row, column = mask.nonzero(as_tuple=True)
+            return self._edited_at(h, row, column, row)
         wide, v, size = self._wide(h)
         v = v[:, None] if v.ndim == 2 else v[None, None]
         new = self._edited(wide, v, size.reshape(-1, 1, 1)).to(h.dtype)
@@ -236,11 +244,17 @@ class SteeringVector:
             return self.edit(h, mask.to(h.device))
         self._check_rows(h)
         row, column, place = (found.to(h.device) for found in positions.columns(self.at))
+        return self._edited_at(h, row, column, place)
+
+    def _edited_at(self, h: Tensor, row: Tensor, column: Tensor, direction: Tensor) -> Tensor:
+        """`h` steered at some (row, column), each with the direction of that number where there are several."""
+        if len(row) == 0:
+            return h
         wide, v, size = self._wide(h[row, column])
-        v = v[place] if v.ndim == 2 else v
         size = size.reshape(-1, 1)
         new = h.clone()
-        new[row, column] = self._edited(wide, v, size[row] if len(size) > 1 else size).to(h.dtype)
+        edited = self._edited(wide, v[direction] if v.ndim == 2 else v, size[row] if len(size) > 1 else size)
+        new[row, column] = edited.to(h.dtype)
         return new
 
     def _check_rows(self, h: Tensor) -> None:
@@ -256,8 +270,11 @@ class SteeringVector:
     def _edited(self, h: Tensor, v: Tensor, size: Tensor) -> Tensor:
         if self.predictor is not None:
             known = self.predictor.to(h)
-            with torch.autocast(h.device.type, enabled=False):  # a server's would round the product
-                v = v + h - (h @ known[:-1] + known[-1])
+            told = known[-1]
+            if len(known) > 1:
+                with torch.autocast(h.device.type, enabled=False):  # a server's would round the product
+                    told = told + h @ known[:-1]
+            v = v + h - told
         return OPS[self.op](h, v, size)
 
 

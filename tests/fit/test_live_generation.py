@@ -12,7 +12,8 @@ from planted import GENERAL
 from tiny import ARCHITECTURES, PROMPTS, hooks
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.fit.live_generation import Reader, follow
+from expertsteer_nnsight.fit import live_generation
+from expertsteer_nnsight.fit.live_generation import Reader
 from expertsteer_nnsight.models.residual import Residual
 
 
@@ -30,6 +31,10 @@ def expert_of(arch):
 def live_of(expert, target, **settings):
     settings = {"layers": [(2, 1)], "follow": True, "follow_amount": 0.8, **settings}
     return es.LiveExpert(**settings).fit(expert, target, GENERAL, progress=False)
+
+
+def follow(live, prompts, new, **how):
+    return live_generation.follow(live._setting(), prompts, new, **how)
 
 
 def activation(model, text, layer):

@@ -15,13 +15,13 @@ from lm_eval.models.huggingface import HFLM
 from planted import GENERAL
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.interop import _continuations
 from expertsteer_nnsight.interop.lm_eval import SteeredLM
+from expertsteer_nnsight.measure import continuations
 
 
 @pytest.fixture(params=[1, 10**9], ids=["shared contexts", "no shared contexts"])
 def worth(request, monkeypatch):
-    monkeypatch.setitem(_continuations.WORTH, "cpu", request.param)
+    monkeypatch.setitem(continuations.WORTH, "cpu", request.param)
 
 
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
@@ -99,7 +99,7 @@ def test_shared_contexts_take_fewer_tokens_through_the_model(monkeypatch):
     asked = requests("loglikelihood", [(" ".join(CONTEXTS), end) for end in ENDS])
     tokens = {}
     for worth in (1, 10**9):
-        monkeypatch.setitem(_continuations.WORTH, "cpu", worth)
+        monkeypatch.setitem(continuations.WORTH, "cpu", worth)
         mine, seen = ours(model), []
         mine.loglikelihood(asked, disable_tqdm=True)  # where the way is tried once
         with tiny.hooks(
@@ -111,10 +111,10 @@ def test_shared_contexts_take_fewer_tokens_through_the_model(monkeypatch):
 
 
 def test_a_model_whose_cache_cannot_be_shared_is_scored_without(monkeypatch):
-    monkeypatch.setitem(_continuations.WORTH, "cpu", 1)
+    monkeypatch.setitem(continuations.WORTH, "cpu", 1)
     model = tiny.build("llama")
     known = ours(model, share_contexts=False).loglikelihood(choices(), disable_tqdm=True)
-    context = _continuations._context
+    context = continuations._context
 
     def spoilt(*args):
         cache = context(*args)
@@ -122,11 +122,11 @@ def test_a_model_whose_cache_cannot_be_shared_is_scored_without(monkeypatch):
             layer.keys, layer.values = layer.keys * 3, layer.values * 3
         return cache
 
-    monkeypatch.setattr(_continuations, "_context", spoilt)
+    monkeypatch.setattr(continuations, "_context", spoilt)
     mine = ours(model)
     close(mine.loglikelihood(choices(), disable_tqdm=True), known)
     assert mine._score.share is False
-    monkeypatch.setattr(_continuations, "_context", lambda *args: object())
+    monkeypatch.setattr(continuations, "_context", lambda *args: object())
     close(ours(model).loglikelihood(choices(), disable_tqdm=True), known)
 
 

@@ -12,7 +12,7 @@ import tiny
 from lm_eval import evaluator
 from question_sets import write_sets
 
-from expertsteer_nnsight.interop import _continuations
+from expertsteer_nnsight.measure import continuations
 from expertsteer_nnsight.models.packaged import load
 from recipes import four_domains
 from recipes.domain_settings import SCALES, Domain
@@ -57,7 +57,7 @@ def test_a_run_measures_every_arm_and_goes_on(command, capsys, monkeypatch):
     out = Path(command[command.index("--out") + 1])
     asked, evaluate = [], evaluator.evaluate
     # contexts of a few tokens are read with their options: the same numbers (test_lm_eval) in a fraction of the forwards
-    monkeypatch.setitem(_continuations.WORTH, "cpu", 10**9)
+    monkeypatch.setitem(continuations.WORTH, "cpu", 10**9)
 
     def spy(lm, tasks, **options):
         asked.append((lm.model.config.model_type, options["system_instruction"]))
