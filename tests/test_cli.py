@@ -265,7 +265,13 @@ def test_a_live_expert_is_fitted_used_and_measured(place, tmp_path):
     printed = run("live", "receipt", file, "--anchors", place / "anchors.txt", *where)
     expected = live.receipt(asked, texts, untrained=1, progress=False)
     assert str(expected) in printed and AnswersReceipt.load(out).answers == expected.answers
-    run("live", "receipt", file, *where, fails="fitted on other texts than these")
+    run("live", "receipt", file, *where, fails="fitted on other anchors than these")
+    header = json.loads(run("info", live.plan(["a dog"]).save(tmp_path / "plan.safetensors"), "--json"))
+    assert header["prompts"]["lengths"] == [2] and header["vectors"][0]["rows"] == 1
+    named = [tmp_path / "plan.safetensors", "the fox", "--tokens", 2]
+    run("generate", *named, "--model", place / "target", fails="made for other prompts")
+    questions.write_text(json.dumps({**rows[0], "prompt": "a\u2028b"}, ensure_ascii=False) + "\n")
+    assert cli._questions_of(questions).items[0][0] == "a\u2028b"
     for line, told in (("{}", "Line 5 of .*: prompt: Field required"), ("[1", "Line 5 of .*: it: Invalid JSON"),
                        ('{"prompt": "a", "options": "b", "answer": 0}', "Line 5 of .*: options")):  # fmt: skip
         questions.write_text("".join(json.dumps(row) + "\n" for row in rows) + line)

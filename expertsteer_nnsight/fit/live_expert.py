@@ -454,7 +454,7 @@ class LiveExpert(BaseEstimator):
         """
         header, tensors = _read_file(path)
         layers = [(m.expert, m.target) for m in header.maps]
-        made = {kind.__name__: kind for kind in ALIGNERS}
+        made: dict[str, Any] = {kind.__name__: kind for kind in ALIGNERS}
         known = header.aligner
         try:
             told = (

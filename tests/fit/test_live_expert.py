@@ -15,12 +15,14 @@ from planted import GENERAL
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.linear_model import Ridge
-from tiny import ARCHITECTURES, PROMPTS, build, hooks, tiny
+from tiny import ARCHITECTURES, PROMPTS, bridge, build, hooks, tiny
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.fit.live_controls import AnotherPrompt, Mean
+from expertsteer_nnsight.fit.live_controls import AnotherPrompt, Mean, live_arms
 from expertsteer_nnsight.fit.live_expert import LiveExpert
 from expertsteer_nnsight.models.residual import Residual
+from expertsteer_nnsight.states import collecting
+from expertsteer_nnsight.steering.plan import stack_plans
 from expertsteer_nnsight.texts.word_ends import continued_ends
 
 QUESTIONS = es.MultipleChoice(
@@ -298,6 +300,11 @@ def test_a_damaged_file_is_refused(tmp_path, damage, message):
         ({"op": "clamp"}, "op is 'clamp': it must be \"blend\""),
         ({"follow_op": "x"}, "follow_op is 'x'"),
         ({"where": "all"}, "where is 'all'"),
+        ({"amount": math.nan}, "amount is nan"),
+        ({"follow_amount": math.inf}, "follow_amount is inf"),
+        ({"anchor_ends": -1}, "anchor_ends is -1"),
+        ({"layers": []}, r"layers is \[\]: give pairs"),
+        ({"layers": [(2, 1), (2, 1)]}, "each once"),
         ({"layers": [(4, 1)]}, "layer pair \\(4, 1\\) was asked for, but the expert"),
         ({"layers": [(1, -1)]}, "layer pair \\(1, -1\\) was asked for, but the target"),
         ({"aligner": es.IdentityAligner()}, "width"),
@@ -353,3 +360,96 @@ def test_a_receipt_holds_every_control_on_the_same_items():
         for (prompt, options, right), best in zip(QUESTIONS.items, found.answers["expert alone"], strict=True)
     ])  # fmt: skip
     assert list(found.answers["told the expert's answer"]) == [int(x[0].argmax()) for x in said.options(target, [])]
+
+
+def test_a_loaded_live_expert_has_the_controls_of_the_one_that_was_fitted(tmp_path):
+    expert, target = tiny("gemma3", bos=True), tiny("llama")
+    live = live_of(expert, target, aligner=es.RidgeAligner(alpha=100.0, alpha_range=(1e-3, 1.0)))
+    again = LiveExpert.load(live.save(tmp_path / "live.safetensors"), expert, target)
+    for one in (live, again):
+        arms = live_arms(one, GENERAL, untrained=1, cache=tmp_path / "cache", progress=False)
+        assert list(arms) == ["another prompt", "mean", "untrained, seed 1", "own layer"]
+        found = [arms[name].maps_[2, 1].weight.norm() for name in ("untrained, seed 1", "own layer")]
+        assert all(float(n) < 0.3 for n in found)  # as strong a penalty as the live expert's own
+    with pytest.raises(ValueError, match="fitted on other anchors than these"):
+        live.receipt(QUESTIONS, GENERAL[:30], **FAST)
+
+    class Own(es.RidgeAligner):
+        """An aligner that a file cannot name."""
+
+    other = live_of(expert, target, aligner=Own())
+    loaded = LiveExpert.load(other.save(tmp_path / "other.safetensors"), expert, target)
+    assert loaded.plan(PROMPTS).layers == (1,)
+    with pytest.raises(ValueError, match="file does not keep its aligner"):
+        loaded.receipt(QUESTIONS, GENERAL, **FAST)
+
+
+def test_controls_of_one_cache_read_the_targets_anchors_once(tmp_path, monkeypatch):
+    expert, target, read = tiny("gemma3", bos=True), tiny("llama"), []
+    live = LiveExpert(layers=[(2, 1)]).fit(expert, target, GENERAL, cache=tmp_path, **FAST)
+    forward = collecting.forward
+    monkeypatch.setattr(collecting, "forward", lambda model, *more: (read.append(model), forward(model, *more))[1])
+    live_arms(live, GENERAL, untrained=2, cache=tmp_path, progress=False)
+    batches = -(-len(GENERAL) // 32)
+    assert sum(model is target for model in read) == batches  # as its own expert, at the later layer
+    assert sum(model is expert for model in read) == 0 and len(read) == 3 * batches
+
+
+def test_a_receipt_tells_what_its_reader_has_to_know():
+    expert, target = tiny("gemma3", bos=True), tiny("llama")
+    live = LiveExpert(layers=[(2, 3)]).fit(expert, target, GENERAL, QUESTIONS, **FAST)
+    asked = replace(QUESTIONS, items=[*QUESTIONS.items[:2], ("a test of", [" a", " b"], 0)])
+    found = live.receipt(asked, GENERAL, untrained=1, **FAST)
+    assert "2 of the questions are among those that layers and amount were chosen on" in found.verdict
+    assert "own layer" not in found.controls and "no later layer" in found.verdict
+    with pytest.raises(ValueError, match="There are 1 different prompts"):
+        live.receipt(replace(QUESTIONS, items=[("a dog", [" a", " b"], 0)] * 2), GENERAL, **FAST)
+
+
+def test_rows_can_be_left_out_and_whole_prompts_are_needed():
+    expert, target = tiny("gemma3", bos=True), tiny("llama")
+    plan = live_of(expert, target).plan(PROMPTS)
+    fires = torch.tensor([True, False, True, False])
+    found = []
+    for steered in (None, plan):
+        with torch.no_grad(), target.trace(PROMPTS):
+            if steered is not None:
+                steered.apply(target, es.Positions.read(target).only_rows(fires))
+            found.append(nnsight.save(target.output.logits[:, -1]))
+    changed = (found[0] - found[1]).abs().amax(1) > 1e-4
+    assert changed.tolist() == fires.tolist()
+    steered = plan.attach(target)
+    with pytest.raises(ValueError, match="a prompt comes in several forwards"), torch.no_grad():
+        with steered.generate(PROMPTS, max_new_tokens=2, prefill_chunk_size=2):
+            pass
+
+
+@pytest.mark.parametrize("op", ["blend", "innovation", "add"])
+def test_one_predictor_travels_once(op):
+    live = live_of(tiny("gemma3", bos=True), tiny("llama"), op=op, follow=True)
+    plans = live.for_texts([p for p in PROMPTS for _ in range(4)], [f" dog {n}" for n in range(16)])
+    stacked = [v for k in (0, 8) for v in stack_plans(plans[k : k + 8], True).vectors]
+    for one in (v for v in [*(v for p in plans for v in p.vectors), *stacked] if v.op == "innovation"):
+        kept = live.maps_[2, 1].known_mean if op == "add" and one.where == "last_prompt" else live.maps_[2, 1].predictor
+        assert one.predictor is kept  # pickle writes one object once
+
+
+def test_a_judge_sees_what_a_following_expert_writes():
+    expert, target = tiny("qwen2"), tiny("llama")
+    live = live_of(expert, target, follow=True, follow_amount=2.0)
+    seen = []
+    es.Judged(PROMPTS, lambda texts: (seen.append(texts), [0.0] * len(texts))[1], max_new_tokens=6).score(
+        target, [live]
+    )
+    deaf = live_of(expert, target)
+    assert seen[1] == live.generate(PROMPTS, 6) != deaf.generate(PROMPTS, 6)
+
+
+def test_a_bridge_is_steered_by_hooks_and_generates_nothing_here(tmp_path):
+    target = tiny("llama")
+    wrapped = nnsight.NNsight(bridge(target, tmp_path))
+    wrapped.tokenizer = target.tokenizer
+    live = live_of(tiny("gemma3", bos=True), target)
+    live.target_ = wrapped
+    with pytest.raises(ValueError, match="generates outside of nnsight"):
+        live.generate(PROMPTS, 2)

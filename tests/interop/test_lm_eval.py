@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import nnsight
 import pytest
 import tiny
 import torch
@@ -331,3 +332,39 @@ def test_what_a_live_expert_cannot_read_is_refused(tmp_path):
         lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("a dog",)]), disable_tqdm=True)
     with pytest.raises(ValueError, match="or cuts it at 100"):
         lm.loglikelihood(requests("loglikelihood", [(" ".join(CONTEXTS * 6), " a dog")]), disable_tqdm=True)
+
+
+def test_a_live_expert_reads_a_chat_in_its_own_template():
+    expert, target = tiny.tiny("gemma3", bos=True), tiny.tiny("llama")
+    live = es.LiveExpert(layers=[(2, 1)]).fit(expert, target, GENERAL, progress=False)
+    lm, chats = ours(target, live=live), [[{"role": "user", "content": c}] for c in CONTEXTS if c]
+    written = [lm.apply_chat_template(chat) for chat in chats]
+    asked = requests("loglikelihood", [(text, option) for text in written for option in (" a dog", " the fox")])
+    found = [value for value, _ in lm.loglikelihood(asked, disable_tqdm=True)]
+    for (text, option), value in zip([a.args for a in asked], found, strict=True):
+        chat = chats[written.index(text)]
+        # the space at the template's end counts to the continuation
+        whole, prompt = (
+            target.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text + option, text.rstrip())
+        )
+        ids, border = torch.tensor([whole]), len(prompt)
+        plan = es.SteeringPlan(live.plan([chat]).vectors)  # the expert has read the messages
+        with torch.no_grad(), target.trace(ids):
+            plan.apply(target, prompt_lengths=[border])
+            logits = nnsight.save(target.output.logits[0].log_softmax(-1))
+        new = ids[0, border:]
+        assert value == pytest.approx(float(logits[border - 1 : -1].gather(1, new[:, None]).sum()), abs=1e-3)
+    following = es.LiveExpert(layers=[(2, 1)], follow=True).fit(expert, target, GENERAL, progress=False)
+    lm = ours(target, live=following)
+    text = lm.apply_chat_template(chats[0])
+    with pytest.raises(ValueError, match="reads the prompt alone"):
+        lm.loglikelihood(requests("loglikelihood", [(text, " a dog")]), disable_tqdm=True)
+
+
+def test_plans_that_differ_in_what_they_predict_differ_in_a_request_cache():
+    model, g = tiny.tiny("llama"), torch.Generator().manual_seed(1)
+    hashes = set()
+    for _ in range(2):
+        vector = es.SteeringVector(1, torch.ones(32), op="innovation", predictor=torch.randn(33, 32, generator=g))
+        hashes.add(ours(model, es.SteeringPlan([vector]))._plan_hash())
+    assert len(hashes) == 2

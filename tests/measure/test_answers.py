@@ -92,3 +92,10 @@ def test_what_is_no_receipt_is_refused():
         AnswersReceipt({"unsteered": [0]}, [0])
     with pytest.raises(ValueError, match="arm live has 2 answers to 1 questions"):
         AnswersReceipt({"unsteered": [0], "live": [0, 1]}, [0])
+
+
+def test_a_share_of_hardly_any_lead_is_not_told():
+    right = [0] * 20
+    arms = {"unsteered": [1] * 20, "live": [0] * 2 + [1] * 18, "expert alone": [0] * 3 + [1] * 17}
+    found = AnswersReceipt(arms, right)
+    assert found.share is None and "nan" not in str(found)

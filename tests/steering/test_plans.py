@@ -17,6 +17,7 @@ from tiny import PROMPTS, build, hooks, tiny
 from expertsteer_nnsight.models import positions
 from expertsteer_nnsight.models.identity import ModelIdentity
 from expertsteer_nnsight.models.positions import Positions, prefix_ids
+from expertsteer_nnsight.models.prompts import Prompts
 from expertsteer_nnsight.models.residual import Residual
 from expertsteer_nnsight.steering import header
 from expertsteer_nnsight.steering.plan import SteeringPlan
@@ -529,3 +530,28 @@ def test_a_header_knows_what_a_vector_may_be(tmp_path):
         for read in (read_header, SteeringPlan.load):
             with pytest.raises(ValueError, match=r"Unknown|count from 0|must be"):
                 read(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda plan: plan.update(prompts=3), "The prompts of .* are damaged"),
+        (lambda plan: plan["prompts"].pop("lengths"), "The prompts of .* are damaged"),
+        (lambda plan: plan["prompts"].update(lengths=["a", "b"]), "The prompts of .* are damaged"),
+        (lambda plan: plan["prompts"].update(lengths=[1, 0]), "positive length and a checksum"),
+        (lambda plan: plan["prompts"].update(checksums=[1, 2**70]), "positive length and a checksum"),
+        (lambda plan: plan["vectors"][0].update(at=5), "places of vector 0 in .* are damaged"),
+        (lambda plan: plan["vectors"][0].update(at=[["a"], []]), "places of vector 0 in .* are damaged"),
+        (lambda plan: plan["vectors"][0].update(at=[[1, 1], []]), "each once a row"),
+    ],
+)
+def test_damaged_places_and_prompts_of_a_file_are_refused(tmp_path, damage, told):
+    v = SteeringVector(1, torch.randn(2, 8), op="blend", where="given", at=[[1, 2], []])
+    path = SteeringPlan([v], prompts=Prompts.of([[1, 2, 3], [4]])).save(tmp_path / "plan.safetensors")
+    with safe_open(path, framework="pt") as file:
+        meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    plan = json.loads(meta["plan"])
+    damage(plan)
+    save_file(tensors, path, metadata={**meta, "plan": json.dumps(plan)})
+    with pytest.raises(ValueError, match=told):
+        SteeringPlan.load(path)
