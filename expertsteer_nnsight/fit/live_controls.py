@@ -98,7 +98,7 @@ def live_arms(
     texts = as_texts(anchors)
     if live.info_.get("data", {}).get("anchors_hash") != texts_hash(texts):
         raise ValueError("The live expert was fitted on other anchors than these: give those that it was made of.")
-    if not getattr(live, "_own_aligner", True):
+    if not live.aligner_known_:
         raise ValueError(
             f"The live expert's file does not keep its aligner ({live.info_['settings']['aligner']}), so no control can be fitted "
             "like it: take the receipt of the one that was fitted, or fit it again."

@@ -145,6 +145,8 @@ class LiveExpert(BaseEstimator):
         self.anchor_ends = anchor_ends
         self.random_state = random_state
 
+    aligner_known_ = True  # False of one from a file that could not keep its aligner
+
     # -- fitting -----------------------------------------------------------------------------------------------------
 
     def fit(
@@ -466,7 +468,7 @@ class LiveExpert(BaseEstimator):
         except TypeError as error:
             raise ValueError(f"The header of {path} is damaged: the aligner's parameters ({error}).") from None
         live = cls(aligner, **header.settings.model_dump(), layers=layers, amount=header.amount)
-        live._own_aligner = known is not None
+        live.aligner_known_ = known is not None
         live._check()
         live.maps_ = {}
         for i, m in enumerate(header.maps):

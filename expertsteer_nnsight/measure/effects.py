@@ -299,10 +299,9 @@ class MultipleChoice:
         asked = [(prompt, option) for prompt, options, _ in self.items for option in options]
         known = [_continued(model, prompt, text) for prompt, text in asked]
         steering = by_text(plans, [prompt for prompt, _ in asked], [text for _, text in asked])
-        if host_of(remote) is None and not any(
-            isinstance(one, SteeringPlan) or touches_context(one, known) for one in steering
-        ):
-            found = _with_shared_contexts(model, steering, known, rows or 64, progress)
+        late = [one for one in steering if not isinstance(one, SteeringPlan) and not touches_context(one, known)]
+        if host_of(remote) is None and len(late) == len(steering):
+            found = _with_shared_contexts(model, late, known, rows or 64, progress)
         else:
             found = likelihoods(model, steering, known, rows=rows, remote=remote, progress=progress)
         length = {
