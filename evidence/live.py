@@ -31,7 +31,7 @@ TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "social_i_qa", "medm
          "mmlu_medical", "mmlu_financial", "mmlu_mathematics")  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {"last prompt token": {}, "and options": {"follow": True}}
 LEAD = 0.03  # accuracy on the screened items that an expert must be ahead by
-SCREENED, VALIDATION, TEST, CHUNK = 300, 150, 1000, 50
+SCREENED, VALIDATION, TEST, CHUNK = 600, 150, 1000, 50
 GENERAL, TRAINING = 150, 200  # anchors
 VERSION = 1
 Line = dict[str, Any]
@@ -68,6 +68,15 @@ def questions(task: str, split: str, data: Path, most: int) -> es.MultipleChoice
     return es.MultipleChoice([(_prompt(row), [f" {c}" for c in row["choices"]], row["answer"]) for row in rows], per)
 
 
+def screened(task: str, data: Path) -> es.MultipleChoice:
+    """The items that tell whether the expert leads: validation items, and training items that are no anchors."""
+    validation, training = (
+        questions(task, "validation", data, SCREENED),
+        questions(task, "train", data, TRAINING + SCREENED),
+    )
+    return es.MultipleChoice([*validation.items, *training.items[TRAINING:]][:SCREENED], validation.per)
+
+
 def _prompt(row: Line) -> str:
     before = f"{row['context']}\n" if row["context"] else ""
     return f"{before}Question: {row['question']}\nAnswer:"
@@ -94,7 +103,7 @@ def measure(pair: str, task: str, data: Path, results: Results, folder: Path, mo
     expert, target = (model(name) for name in PAIRS[pair])
     screen = results.find(**place, stage="screen")
     if screen is None:
-        asked = questions(task, "validation", data, SCREENED)
+        asked = screened(task, data)
         found = {
             name: [float(x) for x in asked.score(m, [])[0] > 0] for name, m in (("expert", expert), ("target", target))
         }
