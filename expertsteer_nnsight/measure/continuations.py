@@ -6,6 +6,7 @@ where no real token sees it. Locally the continuations of one context share its 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from inspect import signature
 from itertools import groupby
@@ -110,8 +111,8 @@ def _job(
     return found
 
 
-def _context(model: Any, plan: SteeringPlan | None, text: Text, length: int, rows: int, can_keep: bool) -> Any:
-    """Keys and values of a text's first tokens, in as many rows."""
+def _context(model: Any, plan: SteeringPlan | None, text: Text, length: int, can_keep: bool) -> Any:
+    """Keys and values of a text's first tokens."""
     call: dict[str, Any] = {"input_ids": torch.tensor([text.ids[:length]]), "use_cache": True}
     call["attention_mask"] = torch.ones(1, length, dtype=torch.long)
     if can_keep:
@@ -119,8 +120,14 @@ def _context(model: Any, plan: SteeringPlan | None, text: Text, length: int, row
     with torch.no_grad(), model.trace(**call):
         _steer(model, plan, [text.prompt])
         cache = nnsight.save(model.output.past_key_values)
-    cache.batch_repeat_interleave(rows)
     return cache
+
+
+def _in_rows(cache: Any, rows: int) -> Any:
+    """A copy of a cache of one row in as many rows."""
+    several = copy.deepcopy(cache)
+    several.batch_repeat_interleave(rows)
+    return several
 
 
 def _in_common(texts: list[Text]) -> int:
@@ -173,16 +180,25 @@ class Scorer:
             alone = list(range(len(texts)))
         alone.sort(key=lambda i: -len(texts[i].ids))  # the longest first: what does not fit fails at once
         if self.host is None:
-            for numbers in batches(alone, batch):
+            for numbers in self._parts(alone, batch):
                 plan = self._plan_of(numbers)
                 self._report(numbers, _forward(self.model, plan, [texts[i] for i in numbers], self._can_keep), done)
             return
         for numbers in batches(alone, max(1, JOB // batch) * batch):
-            parts = batches(numbers, batch)
+            parts = self._parts(numbers, batch)
             together, plans = [[texts[i] for i in some] for some in parts], [self._plan_of(some) for some in parts]
             with self.host.explained("Scoring continuations", "batch_size="):
                 found = _job(self.model, self.host.backend(self.model), plans, together, self._can_keep)
-            self._report(numbers, found, done)
+            self._report([i for some in parts for i in some], found, done)
+
+    def _parts(self, numbers: Sequence[int], most: int) -> list[list[int]]:
+        """Runs of at most so many texts whose plans can share a forward."""
+        if self._own is None:
+            return batches(numbers, most)
+        kinds: dict[Any, list[int]] = {}
+        for i in numbers:
+            kinds.setdefault(tuple(v.kind for v in self._own[i].vectors), []).append(i)
+        return [part for some in kinds.values() for part in batches(some, most)]
 
     def _plan_of(self, numbers: Sequence[int]) -> SteeringPlan | None:
         """The plan of a batch of texts."""
@@ -201,14 +217,13 @@ class Scorer:
         worth = WORTH.get(self.model.device.type, 2048)
         if common * (len(texts) - 1) < worth or not self.share:
             return False
-        for at in range(0, len(texts), rows):
-            some, plan = texts[at : at + rows], self._plan_of(numbers[at : at + rows])
+        by_number, context = dict(zip(numbers, texts, strict=True)), None
+        for part in self._parts(numbers, rows):
+            some, plan = [by_number[i] for i in part], self._plan_of(part)
             try:
-                # of one context, every row's plan does the same there
-                cache = _context(
-                    self.model, self._plan_of(numbers[at : at + 1]), some[0], common, len(some), self._can_keep
-                )
-                found = _forward(self.model, plan, some, self._can_keep, cache)
+                if context is None:  # of one context, every row's plan does the same there
+                    context = _context(self.model, self._plan_of(part[:1]), some[0], common, self._can_keep)
+                found = _forward(self.model, plan, some, self._can_keep, _in_rows(context, len(some)))
             except (AttributeError, TypeError, ValueError):  # a cache of another kind, as recurrent models have
                 if self._tried:
                     raise
@@ -220,5 +235,5 @@ class Scorer:
                 if not all(torch.allclose(a[0], b[0], rtol=1e-3, atol=1e-2) for a, b in zip(found, plain, strict=True)):
                     self.share = False
                     return False
-            self._report(numbers[at : at + rows], found, done)
+            self._report(part, found, done)
         return True

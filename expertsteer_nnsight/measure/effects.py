@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -345,22 +344,15 @@ def _with_shared_contexts(
     """As `likelihoods`, where plans begin at a prompt's last token: what is before it is read once for all options and plans."""
     texts = [Scored(tuple(t.ids[:-1]), t.prompt, len(t.ids) - t.prompt, (t.ids[-1],)) for t in known]
     found = torch.zeros(1 + len(steering), len(known))
-    order = sorted(range(len(steering)), key=lambda i: [v.kind for v in steering[i][0].vectors])
-    groups = [list(g) for _, g in groupby(order, key=lambda i: [v.kind for v in steering[i][0].vectors])] or [[]]
-    total = len(known) * (1 + len(steering))
-    with tqdm(total=total, desc="log-likelihoods", unit="text", disable=not progress) as bar:
-        for number, group in enumerate(groups):
-            # unsteered rows beside the first group's: the same plans without any strength
-            own = [[0.0 * plan for plan in steering[group[0]]]] if group and number == 0 else []
-            own += [list(steering[i]) for i in group]
-            places = ([0] if number == 0 else []) + [1 + i for i in group]
+    # unsteered texts are rows beside the first plans': the same without any strength
+    own = [0.0 * plan for plan in steering[0]] + [plan for arm in steering for plan in arm] if steering else None
+    with tqdm(total=found.numel(), desc="log-likelihoods", unit="text", disable=not progress) as bar:
 
-            def done(text: int, values: Tensor, places: list[int] = places) -> None:
-                found[places[text // len(known)], text % len(known)] = float(values[0].sum())
-                bar.update()
+        def done(text: int, values: Tensor) -> None:
+            found[text // len(known), text % len(known)] = float(values[0].sum())
+            bar.update()
 
-            plans = [plan for arm in own for plan in arm] or None
-            Scorer(model, None)(texts * len(places), rows, done, plans)
+        Scorer(model, None)(texts * len(found), rows, done, own)
     return found
 
 
