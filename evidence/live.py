@@ -120,36 +120,37 @@ def measure(pair: str, task: str, data: Path, results: Results, folder: Path, mo
         live = es.LiveExpert().fit(expert, target, texts, validation, cache=cache / "every", progress=False)
         chosen = results.add({**place, "stage": "chosen", "layers": [list(p) for p in live.layers_], "amount": live.amount_,
                               **live.info_["validation"]})  # fmt: skip
+    starts = [i for i in range(0, len(test), CHUNK) if results.find(**place, start=i) is None]
+    if not starts:
+        return
+    layers, arms = [(e, t) for e, t in chosen["layers"]], {}
     for setting, how in SETTINGS.items():
-        starts = [i for i in range(0, len(test), CHUNK) if results.find(**place, setting=setting, start=i) is None]
-        if not starts:
-            continue
-        layers = [(e, t) for e, t in chosen["layers"]]
         live = es.LiveExpert(layers=layers, amount=chosen["amount"], **how)
         live.fit(expert, target, texts, cache=cache / "one", progress=False)
-        arms = {"live": live, **live_arms(live, texts, cache=cache / "controls", progress=False)}
-        for start in tqdm(starts, desc=f"{pair}, {task}, {setting}"):
-            some = test[start : start + CHUNK]
-            if len(some) < 2:
-                continue
+        mine = {"live": live, **live_arms(live, texts, cache=cache / "controls", progress=False)}
+        arms |= {f"{setting}: {name}": arm for name, arm in mine.items()}
+    for start in tqdm(starts, desc=f"{pair}, {task}"):
+        some = test[start : start + CHUNK]
+        if len(some) > 1:
             answers = answered(live, arms, some, progress=False)
             right = [r for _, _, r in some.items]
-            results.add(
-                {**place, "stage": "test", "setting": setting, "start": start, "right": right, "answers": answers}
-            )
+            results.add({**place, "stage": "test", "start": start, "right": right, "answers": answers})
 
 
 def receipts(lines: Sequence[Line]) -> dict[tuple[str, str, str], AnswersReceipt]:
     """By pair, task and setting, of all items that were answered."""
-    parts: dict[tuple[str, str, str], list[Line]] = defaultdict(list)
+    parts: dict[tuple[str, str], list[Line]] = defaultdict(list)
     for line in lines:
         if line["stage"] == "test":
-            parts[line["pair"], line["task"], line["setting"]].append(line)
+            parts[line["pair"], line["task"]].append(line)
     found = {}
     for key, some in parts.items():
         some = sorted(some, key=lambda line: line["start"])
         answers = {arm: [a for line in some for a in line["answers"][arm]] for arm in some[0]["answers"]}
-        found[key] = AnswersReceipt(answers, [r for line in some for r in line["right"]])
+        right = [r for line in some for r in line["right"]]
+        for setting in SETTINGS:
+            mine = {name.removeprefix(f"{setting}: "): given for name, given in answers.items()}
+            found[*key, setting] = AnswersReceipt({k: v for k, v in mine.items() if ": " not in k}, right)
     return found
 
 

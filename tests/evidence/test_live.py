@@ -36,7 +36,7 @@ def test_a_study_goes_on_where_it_stopped_and_measures_each_item_once(small, mon
     done, whole = [], study.answered
 
     def interrupted(*args, **how):
-        if len(done) == 3:
+        if len(done) == 1:
             raise KeyboardInterrupt
         done.append(1)
         return whole(*args, **how)
@@ -48,7 +48,7 @@ def test_a_study_goes_on_where_it_stopped_and_measures_each_item_once(small, mon
         file.write('{"version": 1, "pair"')  # cut off while it was written
     monkeypatch.setattr(study, "answered", whole)
     lines = study.run(*where)
-    assert [line["stage"] for line in lines] == ["screen", "chosen", *["test"] * 4]
+    assert [line["stage"] for line in lines] == ["screen", "chosen", "test", "test"]
     assert study.run(*where) == lines == study.Results(small / "out" / "live.jsonl").lines
     test = study.questions("arc_easy", "test", small / "data", 10)
     chosen = lines[1]
