@@ -9,7 +9,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 
 NDIF := build/ndif
 NDIF_SERVER := $(NDIF)/server/bin/python
 
-.PHONY: demo test recipes fast lint models benchmark evidence docs notebooks ndif ndif-client ndif-setup clean
+.PHONY: demo test recipes fast lint models benchmark evidence live docs notebooks ndif ndif-client ndif-setup clean
 
 demo: models
 	$(BIN)/python -m recipes.demo $(ARGS)
@@ -41,6 +41,10 @@ benchmark: models
 # the study over concepts: hours; `make evidence ARGS="--data FOLDER"`, and again to go on
 evidence: models
 	$(BIN)/python -m evidence $(ARGS)
+
+# what a live expert passes on, task by task: hours; `make live ARGS="--data FOLDER"`, and again to go on
+live: models
+	$(BIN)/python -m evidence.live $(ARGS)
 
 docs: $(VENV)/.ready
 	$(BIN)/python -m mkdocs build --strict
