@@ -58,7 +58,7 @@ def test_optional_libraries_come_with_what_uses_them(code, modules):
 
 def test_public_names_are_few_and_there():
     names = set(es.__all__) - {"__version__"}
-    assert len(names) <= 27 and names <= set(dir(es))
+    assert len(names) <= 30 and names <= set(dir(es))
     assert all(getattr(es, name).__doc__ for name in names)
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = es.Nothing

@@ -81,12 +81,10 @@ class Prompts:
             )
         count, seen = positions.real.sum(1), positions.real.any(1)
         lengths = torch.tensor(self.lengths, device=count.device)
-        other = seen & (count < lengths)
-        if not bool(other.any()):
-            length = int(lengths[seen].max()) if bool(seen.any()) else 1
-            mine = positions.real & (positions.index < lengths[:, None])
-            found = _checksums(positions.ids, length, positions.index.clamp(0, length - 1), mine)
-            other = seen & (found != torch.tensor(self.checksums, device=found.device))
+        most = min(max(self.lengths), positions.ids.shape[1])  # a longer prompt is another one
+        mine = positions.real & (positions.index < lengths[:, None])
+        found = _checksums(positions.ids, most, positions.index.clamp(0, most - 1), mine)
+        other = seen & ((count < lengths) | (found != torch.tensor(self.checksums, device=found.device)))
         if bool(other.any()):
             rows = other.nonzero()[:, 0].tolist()
             raise ValueError(

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import PROMPTS, build, hooks, tiny
 
-from expertsteer_nnsight.models import positions
 from expertsteer_nnsight.models.identity import ModelIdentity
 from expertsteer_nnsight.models.positions import Positions, prefix_ids
 from expertsteer_nnsight.models.prompts import Prompts
@@ -518,7 +517,16 @@ def test_a_header_read_alone_is_the_plans_own(target, tmp_path):
 
 
 def test_a_header_knows_what_a_vector_may_be(tmp_path):
-    assert tuple(OPS) == header.OPERATIONS and positions.WHERE == header.WHERE
+    assert tuple(OPS) == header.OPERATIONS
+    known = Positions.of(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long), 3)
+    found = {where: known.mask(where)[0].tolist() for where in header.WHERE if where != "given"}
+    assert len(set(map(str, found.values()))) == 3 and found["last_prompt"] == found["completion"] == [
+        False,
+        False,
+        True,
+    ]
+    with pytest.raises(ValueError, match="find them with"):
+        known.mask("given")
     path = single(vector()).save(tmp_path / "plan.safetensors")
     with safe_open(path, framework="pt") as file:
         meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - no mapping

@@ -203,9 +203,8 @@ def test_rows_of_a_plan_are_taken_with_all_that_belongs_to_them():
     found = SteeringPlan([places, SteeringVector(2, torch.randn(8))], prompts=prompts).take([2, 0])
     first, second = found.vectors
     assert first.at == ((0, 1), (4,)) and first.strength.tolist() == [3.0, 1.0] and second.rows is None
-    assert torch.equal(first.direction, places.direction[[1, 2, 0]]) and found.prompts == Prompts.of(
-        [[8, 9, 9], [5, 6]]
-    )
+    torch.testing.assert_close(first.direction, places.direction[[1, 2, 0]])
+    assert found.prompts == Prompts.of([[8, 9, 9], [5, 6]])
     with pytest.raises(IndexError, match="Row 3 was asked for, but the vector has 3 rows"):
         places.take([3])
 
@@ -221,7 +220,7 @@ def test_rows_of_a_plan_are_taken_with_all_that_belongs_to_them():
         ({"where": "given", "at": [[0, 1]], "strength": torch.ones(2)}, "1 rows of places but 2 strengths"),
         ({"op": "innovation"}, "needs a predictor"),
         ({"predictor": torch.ones(9, 8)}, "no other op takes one"),
-        ({"op": "innovation", "predictor": torch.ones(8, 8)}, r"\(9, 8\), but has \(8, 8\)"),
+        ({"op": "innovation", "predictor": torch.ones(8, 8)}, r"\(9, 8\), or \[1, hidden\], but has \(8, 8\)"),
         ({"op": "innovation", "predictor": torch.full((9, 8), torch.inf)}, "predictor of layer 1 has NaN or infinity"),
         ({"op": "blend", "direction": torch.full((8,), torch.nan)}, "direction of layer 1 has NaN or infinity"),
     ],
