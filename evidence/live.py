@@ -124,6 +124,7 @@ def measure(pair: str, task: str, data: Path, results: Results, folder: Path, mo
     if not starts:
         return
     layers, arms = [(e, t) for e, t in chosen["layers"]], {}
+    live = es.LiveExpert()
     for setting, how in SETTINGS.items():
         live = es.LiveExpert(layers=layers, amount=chosen["amount"], **how)
         live.fit(expert, target, texts, cache=cache / "one", progress=False)
