@@ -25,6 +25,7 @@ from evidence.models import PAIRS, model
 from evidence.report import filled_with, markdown
 from expertsteer_nnsight.fit.live_controls import answered, live_arms
 from expertsteer_nnsight.measure.answers import AnswersReceipt
+from recipes.domain_tables import read_lines
 from recipes.tasks.readers import read
 
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "social_i_qa", "medmcqa", "medqa", "svamp", "mmlu_general",
@@ -43,11 +44,7 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text() if path.exists() else ""
-        whole, _, cut = text.rpartition("\n")
-        if cut:  # off while it was written
-            path.write_text(whole + "\n" if whole else "")
-        self.lines: list[Line] = [json.loads(line) for line in whole.splitlines()]
+        self.lines: list[Line] = read_lines(path)
 
     def find(self, **place: Any) -> Line | None:
         """The line of a place."""

@@ -34,7 +34,7 @@ from ..texts.overlap import overlap_message
 from ..texts.texts import Position
 from .control_arms import Arms, control_arms, native_aligner
 from .layer_sweep import Validation, sweep
-from .reading import Reading
+from .reading import Reading, check_layer_pairs, held_out_r2
 
 if TYPE_CHECKING:
     from ..ndif.host import Remote
@@ -284,13 +284,7 @@ class ExpertSteer(BaseEstimator):
             ValueError: a layer pair was asked for that a model does not have.
         """
         if self.layers is not None:
-            for pair in self.layers:
-                for layer, model, side in zip(pair, (expert, target), ("expert", "target"), strict=True):
-                    if not 0 <= layer < model.n_layers:
-                        raise ValueError(
-                            f"The layer pair {tuple(pair)} was asked for, but the {side} {model.name or model.kind} has layers "
-                            f"0 to {model.n_layers - 1}."
-                        )
+            check_layer_pairs(self.layers, expert, target)
             return sorted({e for e, _ in self.layers}), sorted({t for _, t in self.layers})
         low, high = self.band
 
@@ -407,7 +401,7 @@ class ExpertSteer(BaseEstimator):
             if "random_state" in aligner.get_params():
                 aligner.set_params(random_state=self.random_state)
             rows = ordinary_rows(anchors, y)
-            r2 = _held_out_r2(aligner, anchors[rows], y[rows], text_of[rows], self.random_state)
+            r2 = held_out_r2(aligner, anchors[rows], y[rows], text_of[rows], self.random_state)
             aligner.fit(anchors[rows], y[rows])
             x = labelled[pair.expert]
             x = aligner.transform(x) if self.space == "target" else x
@@ -461,14 +455,3 @@ def _plain(value: Any) -> Any:
         return value
     # a function's own text holds its address in memory
     return getattr(value, "__name__", "function") if callable(value) else str(value)
-
-
-def _held_out_r2(aligner: Any, x: Tensor, y: Tensor, text: Tensor, random_state: int) -> float | None:
-    """R² on the rows of a tenth of the anchors of a map fitted on the others; None for too few to tell."""
-    n = int(text.max()) + 1
-    if n < 20:
-        return None
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(random_state))
-    test = torch.isin(text, order[: n // 10])
-    probe: Any = clone(aligner)
-    return probe.fit(x[~test], y[~test]).score(x[test], y[test])

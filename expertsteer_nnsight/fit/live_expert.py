@@ -41,15 +41,13 @@ from ..steering.plan import SteeringPlan
 from ..steering.vectors import SteeringVector, stack
 from ..texts.texts import Text, as_texts, encode, texts_hash, tokenizer_of
 from ..texts.word_ends import continued_ends, shared_ends
+from .reading import check_layer_pairs, held_out_r2
 
 if TYPE_CHECKING:
     from ..ndif.host import Remote
 
 FORMAT, VERSION = "expertsteer_nnsight.live_expert", 1
-DEPTH = (
-    0.88,
-    0.76,
-)  # of expert and target, where no validation items choose: where it worked for Gemma-3-270M and SmolLM2-135M
+DEPTH = (0.88, 0.76)  # of expert and target, where no validation items choose: those of Gemma-3-270M and SmolLM2-135M
 DEPTHS = ((0.59, 0.76, 0.88, 1.0), (0.41, 0.62, 0.76, 0.9))  # from which they choose
 AMOUNTS = (0.5, 1.0, 1.5)
 ALIGNERS = (RidgeAligner, ProcrustesAligner, CovarianceAligner, IdentityAligner)  # whose settings a file keeps
@@ -258,13 +256,7 @@ class LiveExpert(BaseEstimator):
             return round(depth * (model.n_layers - 1))
 
         if self.layers is not None:
-            for pair in self.layers:
-                for layer, model, side in zip(pair, (expert, target), ("expert", "target"), strict=True):
-                    if not 0 <= layer < model.n_layers:
-                        raise ValueError(
-                            f"The layer pair {tuple(pair)} was asked for, but the {side} {model.name or model.kind} has layers "
-                            f"0 to {model.n_layers - 1}."
-                        )
+            check_layer_pairs(self.layers, expert, target)
             return [(int(e), int(t)) for e, t in self.layers]
         if not choose:
             return [(at(DEPTH[0], expert), at(DEPTH[1], target))]
@@ -278,12 +270,7 @@ class LiveExpert(BaseEstimator):
             raise ValueError(f"The anchors have {len(x)} ordinary token ends that both models share: give more texts.")
         aligner: Any = clone(self.aligner if self.aligner is not None else RidgeAligner())
         text = torch.tensor(expert.text_of or range(len(rows)))[rows]
-        r2 = None
-        if int(text.max()) >= 20:
-            order = torch.randperm(int(text.max()) + 1, generator=torch.Generator().manual_seed(self.random_state))
-            test = torch.isin(text, order[: len(order) // 10])
-            probe: Any = clone(aligner)
-            r2 = float(probe.fit(x[~test], y[~test]).score(x[test], y[test]))
+        r2 = held_out_r2(aligner, x, y, text, self.random_state)
         aligner.fit(x, y)
         if not isinstance(getattr(aligner, "intercept_", None), Tensor):
             raise ValueError(
@@ -459,12 +446,10 @@ class LiveExpert(BaseEstimator):
         made: dict[str, Any] = {kind.__name__: kind for kind in ALIGNERS}
         known = header.aligner
         try:
-            told = (
-                {}
-                if known is None
-                else {k: tuple(v) if isinstance(v, list) else v for k, v in known.parameters.items()}
-            )
-            aligner = None if known is None else made[known.name](**told)
+            aligner = None
+            if known is not None:
+                told = {k: tuple(v) if isinstance(v, list) else v for k, v in known.parameters.items()}
+                aligner = made[known.name](**told)
         except TypeError as error:
             raise ValueError(f"The header of {path} is damaged: the aligner's parameters ({error}).") from None
         live = cls(aligner, **header.settings.model_dump(), layers=layers, amount=header.amount)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.base import clone
+from torch import Tensor
 
 from ..models.identity import ModelIdentity, fingerprint
 from ..models.positions import prefix_ids
@@ -162,3 +164,25 @@ def _unlabelled(texts: Any) -> Any:
     if isinstance(texts, (ContrastPairs, LabelledTexts)):
         raise ValueError("With base= the models are the labels: pass plain texts, such as pairs.texts.")
     return texts
+
+
+def check_layer_pairs(pairs: Sequence[tuple[int, int]], expert: ModelIdentity, target: ModelIdentity) -> None:
+    """Raises ValueError for a layer pair, (expert layer, target layer), that a model does not have."""
+    for pair in pairs:
+        for layer, model, side in zip(pair, (expert, target), ("expert", "target"), strict=True):
+            if not 0 <= layer < model.n_layers:
+                raise ValueError(
+                    f"The layer pair {tuple(pair)} was asked for, but the {side} {model.name or model.kind} has layers "
+                    f"0 to {model.n_layers - 1}."
+                )
+
+
+def held_out_r2(aligner: Any, x: Tensor, y: Tensor, text: Tensor, random_state: int) -> float | None:
+    """R² on the rows of a tenth of the anchors of a map fitted on the others; None for too few to tell."""
+    n = int(text.max()) + 1
+    if n < 20:
+        return None
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(random_state))
+    test = torch.isin(text, order[: n // 10])
+    probe: Any = clone(aligner)
+    return probe.fit(x[~test], y[~test]).score(x[test], y[test])

@@ -1,6 +1,6 @@
-"""Log-probabilities of continuations under one plan, many texts a forward; what runs here also runs on a server.
+"""Log-probabilities of continuations under one plan or a plan each, many texts a forward; what runs here also runs on a server.
 
-Unlike `measure.scoring`, where many plans share one text, here one plan meets thousands of texts. Texts are padded on the right,
+Unlike `measure.scoring`, where many plans share one text, here thousands of texts share forwards. Texts are padded on the right,
 where no real token sees it. Locally the continuations of one context share its keys and values where that saves enough.
 """
 

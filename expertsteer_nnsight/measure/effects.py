@@ -22,7 +22,7 @@ from .continuations import Scorer
 from .continuations import Text as Scored
 from .rollouts import completions, rollouts
 from .rows import Encoded, log_odds
-from .scoring import ByText, by_text, encoded, in_rows, likelihoods
+from .scoring import ByText, Steering, by_text, encoded, in_rows, likelihoods
 
 if TYPE_CHECKING:
     from ..ndif.host import Remote
@@ -224,8 +224,7 @@ class Choices:
             ValueError: a text of no tokens that the model predicts, or a plan with strengths a row.
         """
         asked = [(prompt, text) for prompt, *both in self.items for text in both]
-        known = [_continued(model, prompt, text) for prompt, text in asked]
-        steering = by_text(plans, [prompt for prompt, _ in asked], [text for _, text in asked])
+        known, steering = _continued_under(model, plans, asked)
         found = likelihoods(model, steering, known, rows=rows, remote=remote, progress=progress)
         if self.per_token:
             found = found / torch.tensor([len(text.ids) - text.prompt for text in known])
@@ -296,8 +295,7 @@ class MultipleChoice:
             ValueError: an option of no tokens that the model predicts, or a plan with strengths a row.
         """
         asked = [(prompt, option) for prompt, options, _ in self.items for option in options]
-        known = [_continued(model, prompt, text) for prompt, text in asked]
-        steering = by_text(plans, [prompt for prompt, _ in asked], [text for _, text in asked])
+        known, steering = _continued_under(model, plans, asked)
         late = [one for one in steering if not isinstance(one, SteeringPlan) and not touches_context(one, known)]
         if host_of(remote) is None and len(late) == len(steering):
             found = _with_shared_contexts(model, late, known, rows or 64, progress)
@@ -360,6 +358,14 @@ def ahead(options: Tensor, right: int) -> Tensor:
     """How far the right option is ahead of the best wrong one, `[row]`, from log-likelihoods `[row, option]`."""
     wrong = torch.cat([options[:, :right], options[:, right + 1 :]], 1)
     return options[:, right] - wrong.amax(1)
+
+
+def _continued_under(
+    model: Any, plans: Sequence[SteeringPlan | ByText], asked: Sequence[tuple[Text, str]]
+) -> tuple[list[Encoded], list[Steering]]:
+    """Ids of prompts with their continuations, and what steers them."""
+    known = [_continued(model, prompt, text) for prompt, text in asked]
+    return known, by_text(plans, [prompt for prompt, _ in asked], [text for _, text in asked])
 
 
 def _continued(model: Any, prompt: Text, text: str) -> Encoded:
