@@ -79,12 +79,12 @@ class Prompts:
                 "The plan was made for certain prompts, but the model was called with embeddings, which cannot be compared with "
                 "them: call it with text or token ids."
             )
-        count, seen = positions.real.sum(1), positions.real.any(1)
-        lengths = torch.tensor(self.lengths, device=count.device)
+        seen = positions.real.any(1)
+        lengths = torch.tensor(self.lengths, device=seen.device)
         most = min(max(self.lengths), positions.ids.shape[1])  # a longer prompt is another one
         mine = positions.real & (positions.index < lengths[:, None])
         found = _checksums(positions.ids, most, positions.index.clamp(0, most - 1), mine)
-        other = seen & ((count < lengths) | (found != torch.tensor(self.checksums, device=found.device)))
+        other = seen & (found != torch.tensor(self.checksums, device=found.device))  # of a shorter row too
         if bool(other.any()):
             rows = other.nonzero()[:, 0].tolist()
             raise ValueError(
