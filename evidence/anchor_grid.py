@@ -33,7 +33,7 @@ from evidence.shares import Table, over
 from evidence.study import Measuring, Results
 from expertsteer_nnsight.align.aligner import ordinary_rows
 from expertsteer_nnsight.align.closed_form import ProcrustesAligner
-from expertsteer_nnsight.match.layer_matching import match_layers
+from expertsteer_nnsight.match.layer_matching import LayerPair, match_layers
 from expertsteer_nnsight.models.identity import ModelIdentity
 from expertsteer_nnsight.models.positions import prefix_ids
 from expertsteer_nnsight.plotting import figure
@@ -49,7 +49,10 @@ ALIGNERS = {
     "procrustes, a tenth": ProcrustesAligner(whiten=True),
     "procrustes, 200": ProcrustesAligner(200),
 }
-UNTRAINED = {"ridge": ((300, 6), (1200, 0), (1200, 6))}  # where experts of random weights are measured too
+# ridge with the labelled texts of the other concepts, unlabelled, among the anchors: statements, reviews, options
+REGISTERS = "ridge, other registers"
+MIXED = ((300, 6), (1200, 0), (1200, 6))
+UNTRAINED = {"ridge": MIXED, REGISTERS: MIXED}  # where experts of random weights are measured too
 SEEDS = (1, 2)
 ITEMS, LABELLED = 32, 100
 VERSION = 1
@@ -59,7 +62,8 @@ Setting = tuple[str, int, int]  # aligner, anchors, further places
 def settings() -> list[Setting]:
     """Every setting that has as many rows as its map has dimensions."""
     every = [(name, n, k) for name in ALIGNERS for n in ANCHORS for k in PLACES]
-    return [s for s in every if s[0] != "procrustes, 200" or s[1] * (1 + s[2]) > 450]
+    enough = [s for s in every if s[0] != "procrustes, 200" or s[1] * (1 + s[2]) > 450]
+    return [*enough, *((REGISTERS, *size) for size in MIXED)]
 
 
 def level(anchors: int, places: int) -> str:
@@ -123,18 +127,25 @@ class Grid:
 
     def plans(self, who: str, setting: Setting) -> dict[str, SteeringPlan]:
         """A plan for each concept, of `who` in the expert's place."""
-        name, anchors, places = setting
-        rows = self.rows(anchors, places)
+        aligner, rows = setting[0], self.rows(*setting[1:])
         vectors, steps = defaultdict(list), defaultdict(list)
         for pair in self.pairs:
             x, y = self.anchors(who)[pair.expert][rows], self.anchors(self.target)[pair.target][rows]
-            ordinary = ordinary_rows(x, y)
-            aligner: Any = clone(ALIGNERS[name])
-            aligner.fit(x[ordinary], y[ordinary])
-            for concept_name in self.concepts:
-                v = aligner.map_direction(self.difference(who, concept_name, pair.expert), "displacement")
-                self._add(vectors[concept_name], steps[concept_name], pair, concept_name, v)
+            maps = {None: _fitted(ALIGNERS[aligner], x, y)} if aligner in ALIGNERS else {}
+            for name in self.concepts:
+                fitted = maps.get(None) or _fitted(ALIGNERS["ridge"], *self._with_others(who, name, pair, x, y))
+                v = fitted.map_direction(self.difference(who, name, pair.expert), "displacement")
+                self._add(vectors[name], steps[name], pair, name, v)
         return {name: SteeringPlan(tuple(vectors[name]), None, {"pairs": steps[name]}) for name in self.concepts}
+
+    def _with_others(
+        self, who: str, name: str, pair: LayerPair, x: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x` and `y` followed by the activations of all concepts' labelled texts but those of `name`."""
+        others = [other for other in self.concepts if other != name]
+        theirs = (self.labelled(who, other)[pair.expert] for other in others)
+        own = (self.labelled(self.target, other)[pair.target] for other in others)
+        return torch.cat([x, *theirs]), torch.cat([y, *own])
 
     def native(self) -> dict[str, SteeringPlan]:
         """The target's own directions at the same layers."""
@@ -156,18 +167,25 @@ class Grid:
         })  # fmt: skip
 
 
+def _fitted(aligner: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
+    """A new aligner like `aligner`, fitted on the rows without massive activations."""
+    ordinary = ordinary_rows(x, y)
+    return clone(aligner).fit(x[ordinary], y[ordinary])
+
+
 def run(data: Data, out: Path, pairs: Sequence[str], concepts: Sequence[str]) -> Results:
     """Measures what is missing of the grid."""
-    results, known = Results(out / "anchors.jsonl"), {name: concept(name, data) for name in concepts}
+    # all of them, because the others are a setting's anchors
+    results, known = Results(out / "anchors.jsonl"), {name: concept(name, data) for name in CONCEPTS}
     for pair in pairs:
-        measure(Grid(pair, es.example("general"), known, out / "anchor_states"), results)
+        measure(Grid(pair, es.example("general"), known, out / "anchor_states"), results, concepts)
     return results
 
 
-def measure(grid: Grid, results: Results) -> None:
+def measure(grid: Grid, results: Results, concepts: Sequence[str]) -> None:
     """Fits every map once, for all concepts, and then measures the plans of one concept after another."""
-    measuring = {name: Measuring(grid.pair, name, results, f"version {VERSION}") for name in grid.concepts}
-    waiting: dict[str, list[Arm]] = {name: [] for name in grid.concepts}
+    measuring = {name: Measuring(grid.pair, name, results, f"version {VERSION}") for name in concepts}
+    waiting: dict[str, list[Arm]] = {name: [] for name in concepts}
 
     def add(factor: str, where: str, who: str, draw: int, make: Callable[[], dict[str, SteeringPlan]]) -> None:
         missing = [name for name, one in measuring.items() if not one.has(factor, where, who, draw)]
@@ -191,7 +209,7 @@ def tables(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
     table, found = Table(lines), {}
     for pair in dict.fromkeys(line["pair"] for line in lines):
         native = table.arm(pair, CONCEPTS, "native", "native", "native")
-        for who, names in (("expert", ALIGNERS), ("untrained", UNTRAINED)):
+        for who, names in (("expert", (*ALIGNERS, REGISTERS)), ("untrained", UNTRAINED)):
             for name in names:
                 body = []
                 for n in ANCHORS:

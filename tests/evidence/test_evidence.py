@@ -393,10 +393,11 @@ def test_the_grid_of_anchors_fits_maps_on_rows_of_the_anchors_and_goes_on(small,
     monkeypatch.setattr(anchor_grid, "ANCHORS", (20, 40))
     monkeypatch.setattr(anchor_grid, "PLACES", (0, 2))
     monkeypatch.setattr(anchor_grid, "UNTRAINED", {"ridge": ((20, 2),)})
+    monkeypatch.setattr(anchor_grid, "MIXED", ((20, 2),))
     monkeypatch.setattr(anchor_grid, "ALIGNERS", {"ridge": RidgeAligner()})
     monkeypatch.setattr(anchor_grid, "CONCEPTS", ("sentiment",))
-    c = evidence.study.concept("sentiment", Data(None))
-    grid = anchor_grid.Grid("gemma-smol", example("general")[:50], {"sentiment": c}, tmp_path / "states")
+    known = {name: evidence.study.concept(name, Data(None)) for name in ("sentiment", "politeness")}
+    grid = anchor_grid.Grid("gemma-smol", example("general")[:50], known, tmp_path / "states")
     states = grid.anchors("gemma")
     rows = grid.rows(20, 2)
     counts = np.bincount([states.text_of[i] for i in rows])
@@ -407,12 +408,25 @@ def test_the_grid_of_anchors_fits_maps_on_rows_of_the_anchors_and_goes_on(small,
     mine = [i for i, text in enumerate(read.text_of) if counts[text : text + 1].sum()]
     torch.testing.assert_close(states[states.layers[0]][rows], read[states.layers[0]][mine])
     results = Results(tmp_path / "anchors.jsonl")
-    anchor_grid.measure(grid, results)
+    anchor_grid.measure(grid, results, ["sentiment"])
     whos = [line["who"] for line in results.lines]
-    assert whos.count("expert") == 4 and whos.count("untrained") == 2 and whos.count("native") == 1
+    assert whos.count("expert") == 5 and whos.count("untrained") == 2 and whos.count("native") == 1
     assert all(abs(x - 1) < 1e-5 for line in results.lines if line["who"] == "native" for x in line["cosine"])
     monkeypatch.setattr(evidence.study, "either_sign", lambda *a, **k: pytest.fail("measured again"))
-    anchor_grid.measure(grid, Results(tmp_path / "anchors.jsonl"))
+    anchor_grid.measure(grid, Results(tmp_path / "anchors.jsonl"), ["sentiment"])
+    # other registers are the other concepts' texts, unlabelled: a map of both is that of the two stacked
+    x, y = (grid.anchors(who)[layer][rows] for who, layer in zip(("gemma", "smol"), grid.pairs[0], strict=False))
+    mine = [
+        grid.labelled(who, "politeness")[layer] for who, layer in zip(("gemma", "smol"), grid.pairs[0], strict=False)
+    ]
+    v = (
+        RidgeAligner()
+        .fit(torch.cat([x, mine[0]]), torch.cat([y, mine[1]]))
+        .map_direction(grid.difference("gemma", "sentiment", grid.pairs[0].expert), "displacement")
+    )
+    plan = grid.plans("gemma", (anchor_grid.REGISTERS, 20, 2))["sentiment"]
+    vector = next(one for one in plan.vectors if one.layer == grid.pairs[0].target)
+    assert torch.cosine_similarity(v.double(), vector.direction.double(), dim=0) > 0.9999
     page = tmp_path / "anchors.md"
     page.write_text("<!-- table: ridge gemma-smol -->\n<!-- end -->\n")
     anchor_grid.main(["--redraw", "--out", str(tmp_path), "--publish", str(page)])
