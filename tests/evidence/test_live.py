@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 
+import nnsight
 import pytest
 import tiny
+import torch
 from question_sets import write_sets
 
 import expertsteer_nnsight as es
-from evidence import live as study
+from evidence.live import choices as study
+from evidence.live import texts as text_study
+from evidence.live.__main__ import main
+from evidence.live.results import Results
 from expertsteer_nnsight.fit.live_controls import answered, live_arms
 
 
@@ -31,8 +36,15 @@ def small(tmp_path, monkeypatch):
     return tmp_path
 
 
+def measured(small, tasks):
+    """Lines of the study of some tasks."""
+    results = Results(small / "out" / "live.jsonl")
+    for task in tasks:
+        study.measure("gemma-smol", task, small / "data", results, small / "out" / "states", 10)
+    return results.lines
+
+
 def test_a_study_goes_on_where_it_stopped_and_measures_each_item_once(small, monkeypatch):
-    where = (small / "data", small / "out", ["gemma-smol"], ["arc_easy"], 10)
     done, whole = [], study.answered
 
     def interrupted(*args, **how):
@@ -43,13 +55,13 @@ def test_a_study_goes_on_where_it_stopped_and_measures_each_item_once(small, mon
 
     monkeypatch.setattr(study, "answered", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        study.run(*where)
+        measured(small, ["arc_easy"])
     with (small / "out" / "live.jsonl").open("a") as file:
         file.write('{"version": 1, "pair"')  # cut off while it was written
     monkeypatch.setattr(study, "answered", whole)
-    lines = study.run(*where)
+    lines = measured(small, ["arc_easy"])
     assert [line["stage"] for line in lines] == ["screen", "chosen", "test", "test"]
-    assert study.run(*where) == lines == study.Results(small / "out" / "live.jsonl").lines
+    assert measured(small, ["arc_easy"]) == lines == Results(small / "out" / "live.jsonl").lines
     test = study.questions("arc_easy", "test", small / "data", 10)
     chosen = lines[1]
     for setting, how in study.SETTINGS.items():
@@ -78,17 +90,120 @@ def test_no_labelled_answer_is_among_the_anchors_and_no_item_serves_twice(small)
 
 def test_an_expert_that_does_not_lead_is_screened_alone(small, monkeypatch):
     monkeypatch.setattr(study, "LEAD", 1.01)
-    lines = study.run(small / "data", small / "out", ["gemma-smol"], ["arc_easy", "piqa"], 10)
+    lines = measured(small, ["arc_easy", "piqa"])
     assert [line["stage"] for line in lines] == ["screen", "screen"]
     assert "no" in study.tables(lines)["screen"] and study.receipts(lines) == {}
 
 
 def test_a_page_is_drawn_from_lines_alone(small, capsys):
-    study.run(small / "data", small / "out", ["gemma-smol"], ["arc_easy"], 10)
+    measured(small, ["arc_easy"])
     page = small / "page.md"
     page.write_text("<!-- table: screen -->\n<!-- end -->\n<!-- table: test -->\n<!-- end -->\n")
-    study.main(["--out", str(small / "out"), "--redraw", "--publish", str(page)])
+    main(["--out", str(small / "out"), "--redraw", "--publish", str(page)])
     told = page.read_text()
     assert "| gemma-smol | arc_easy | last prompt token | 10 |" in told and "another prompt" in capsys.readouterr().out
-    study.main(["--out", str(small / "page"), "--redraw", "--publish", str(page)])  # from what stands beside it
+    main(["--out", str(small / "page"), "--redraw", "--publish", str(page)])  # from what stands beside it
     assert page.read_text() == told
+
+
+# -- any text ----------------------------------------------------------------------------------------------------------
+
+STORIES = [
+    "The doctor listened to the chest of the child and wrote down what she had heard there.",
+    "A profit of nine millions was reported by the bank for the last quarter of the year.",
+    "For every number there is one that is larger, so that no number is the largest of all.",
+    "When the river froze over, the ferryman sat at home and mended the nets of his brother.",
+]
+
+
+@pytest.fixture
+def texts():
+    """Four texts and two tiny models with tokenizers of their own."""
+    return text_study.Texts(STORIES, tiny.tiny("gemma3", bos=True), tiny.tiny("llama"))
+
+
+def test_what_is_predicted_are_the_same_characters_for_both_models(texts):
+    for who in (texts.expert, texts.target):
+        tokenizer = text_study.tokenizer_of(who)
+        for text, ends, made in zip(STORIES, texts.ends, texts.encoded(who), strict=True):
+            assert tokenizer.decode(made.ids[made.prompt :]) == text[ends[0] :]
+    assert [len(t) for t in STORIES] == [n + e[0] for n, e in zip(texts.characters, texts.ends, strict=True)]
+
+
+def test_the_negative_gradient_is_what_a_small_vector_takes_off_the_loss(texts):
+    layers, step = [1, 2], 1e-2
+    slopes = texts.gradients(layers)
+    columns, encoded = texts.columns(texts.target), texts.encoded(texts.target)
+    starts = [0]
+    for at in columns:
+        starts.append(starts[-1] + len(at))
+    for layer in layers:
+        assert slopes[layer].shape == (starts[-1], 32)
+        v = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(layer)), dim=0)
+        for text, at in enumerate(columns):
+            places = [at[0], at[-1]]
+            arms = [
+                es.SteeringPlan([es.SteeringVector(layer, sign * v, step, where="given", at=[places])], texts.target)
+                for sign in (1, -1)
+            ]
+            _, up, down = text_study.likelihoods(
+                texts.target, arms, [encoded[text]._replace(prompt=max(1, encoded[text].prefix))]
+            ).double()
+            told = slopes[layer][[starts[text], starts[text + 1] - 1]].double().sum(0) @ v.double()
+            assert float((up - down) / (2 * step)) == pytest.approx(float(told), rel=0.05, abs=0.02)
+
+
+def test_a_map_of_both_activations_adds_what_its_formula_says(texts):
+    gen = torch.Generator().manual_seed(0)
+    x, h, slope = (torch.randn(200, n, generator=gen) for n in (6, 32, 32))
+    made = text_study.fitted(x, h, slope, norm=3.0, layer=1, alpha=0.5)
+    z = x @ made.expert + h @ made.own + made.bias
+    assert float(0.2 * made.size * z.square().sum(1).mean().sqrt()) == pytest.approx(0.6, rel=1e-4)
+    vector = made.vectors(x[:5], [1, 2, 3, 5, 6], 0.2)
+    stream = torch.randn(1, 8, 32, generator=gen)
+    with texts.target.trace(torch.arange(8)[None]) as tracer:
+        positions = es.Positions.read(texts.target)
+        new = nnsight.save(vector.edit_at(stream, positions))
+        tracer.stop()
+    at = [1, 2, 3, 5, 6]
+    expected = stream.clone()
+    expected[0, at] += 0.2 * made.size * (x[:5] @ made.expert + stream[0, at] @ made.own + made.bias)
+    torch.testing.assert_close(new, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kind_of_text_is_measured_once_and_its_splits_share_no_document(small, monkeypatch):
+    for name, value in {
+        "TRAIN": 20,
+        "VALIDATION": 3,
+        "TEST": 4,
+        "LENGTH": 90,
+        "ALPHAS": (1.0,),
+        "SIZES": (0.1, 0.3),
+    }.items():
+        monkeypatch.setattr(text_study, name, value)
+    named = {"gemma": ("gemma3", 0), "smol": ("llama", 0), "gemma~1": ("gemma3", 5)}
+    monkeypatch.setattr(
+        text_study, "model", lambda name: tiny.tiny(named[name][0], named[name][0] == "gemma3", named[name][1])
+    )
+    monkeypatch.setattr(
+        text_study, "documents", lambda kind, data: [f"{text} {i} {text}" for i in range(9) for text in STORIES]
+    )
+    made = text_study.splits("code", small)
+    for a, b in ((a, b) for a in made for b in made if a < b):
+        assert not set(made[a]) & set(made[b])
+    results = Results(small / "out" / "live.jsonl")
+    text_study.measure("gemma-smol", "code", small, results, small / "states")
+    (line,) = results.lines
+    assert line["texts"] == {"test": 4, "validation": 3, "train": 20} and len(line["bits"]["expert"]) == 4
+    monkeypatch.setattr(text_study, "Domain", lambda *a: pytest.fail("measured again"))
+    text_study.measure("gemma-smol", "code", small, Results(small / "out" / "live.jsonl"), small / "states")
+    assert "| gemma-smol | code |" in text_study.tables([line])["text"]
+
+
+def test_a_share_of_the_lead_is_of_bits_a_character():
+    bits = {"unsteered": [20.0, 60.0], "expert alone": [10.0, 30.0], "own": [15.0, 55.0], "both": [10.0, 50.0]}
+    line = {"pair": "p", "kind": "k", "stage": "text", "characters": [10, 30], "bits": bits}
+    assert text_study.rate(line, "unsteered") == 2.0
+    assert text_study.share(line, "own") == pytest.approx(0.25) and text_study.share(
+        line, "both", below="own"
+    ) == pytest.approx(0.25)

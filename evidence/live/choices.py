@@ -1,7 +1,4 @@
-"""How much of an expert's knowledge a live expert passes on: choice tasks, with all of its controls.
-
-    python -m evidence.live --data FOLDER                                   # goes on where it stopped
-    python -m evidence.live --redraw --publish docs/live_evidence.md        # the page again, without a model
+"""Choice tasks: how much of an expert's lead a live expert passes on, with all of its controls.
 
 For every task where the expert leads on validation items: the maps are fitted on general texts and on training questions with all
 of their options, right and wrong alike; layers and amount are chosen on validation items; two settings that are declared here (the
@@ -10,8 +7,6 @@ last prompt token alone, and with the options) answer the test items once. A lin
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +16,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
+from evidence.live.results import Line, Results
 from evidence.models import PAIRS, model
-from evidence.report import filled_with, markdown
+from evidence.report import markdown
 from expertsteer_nnsight.fit.live_controls import answered, live_arms
 from expertsteer_nnsight.measure.answers import AnswersReceipt
-from recipes.domain_tables import read_lines
 from recipes.tasks.readers import read
 
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "social_i_qa", "medmcqa", "medqa", "svamp", "mmlu_general",
@@ -35,27 +30,6 @@ LEAD = 0.03  # accuracy on the screened items that an expert must be ahead by
 SCREENED, VALIDATION, TEST, CHUNK = 600, 150, 1000, 50
 GENERAL, TRAINING = 150, 200  # anchors
 VERSION = 1
-Line = dict[str, Any]
-
-
-class Results:
-    """Lines of results; what is there is not measured again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines: list[Line] = read_lines(path)
-
-    def find(self, **place: Any) -> Line | None:
-        """The line of a place."""
-        return next((line for line in self.lines if place.items() <= line.items()), None)
-
-    def add(self, line: Line) -> Line:
-        """Writes a line at once."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.lines.append(line)
-        return line
 
 
 def questions(task: str, split: str, data: Path, most: int) -> es.MultipleChoice:
@@ -83,15 +57,6 @@ def anchors(task: str, data: Path) -> list[str]:
     """General texts, and training questions with each of their options; no answer is told."""
     asked = questions(task, "train", data, TRAINING)
     return es.example("general")[:GENERAL] + [f"{prompt}{o}" for prompt, options, _ in asked.items for o in options]
-
-
-def run(data: Path, out: Path, pairs: Sequence[str], tasks: Sequence[str], most: int = TEST) -> list[Line]:
-    """Measures what is missing; the lines."""
-    results = Results(out / "live.jsonl")
-    for pair in pairs:
-        for task in tasks:
-            measure(pair, task, data, results, out / "live_states", most)
-    return results.lines
 
 
 def measure(pair: str, task: str, data: Path, results: Results, folder: Path, most: int) -> None:
@@ -179,37 +144,3 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
         ["models", "task", "setting", "n", "unsteered", "live", "expert alone", "ensemble", "live - unsteered",
          "live - the nearest control", "share of the lead", "transferred"], body)  # fmt: skip
     return found
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of the question sets")
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="results and activations (%(default)s)")
-    parser.add_argument("--pairs", nargs="*", choices=list(PAIRS), default=list(PAIRS), help="models")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--limit", type=int, default=TEST, help="test items of a task, at most (%(default)s)")
-    parser.add_argument(
-        "--publish", type=Path, metavar="PAGE", help="write the tables into a page, and the lines beside it"
-    )
-    parser.add_argument("--redraw", action="store_true", help="measure nothing, take the results that are there")
-    args = parser.parse_args(argv)
-    if not args.redraw and args.data is None:
-        parser.error("--data is missing: name the folder of the question sets.")
-    lines = (
-        Results(args.out / "live.jsonl").lines
-        if args.redraw
-        else run(args.data, args.out, args.pairs, args.tasks, args.limit)
-    )
-    made = tables(lines)
-    print("\n\n".join(f"{name}\n\n{text}" for name, text in made.items()))
-    if args.publish:
-        page = filled_with(args.publish.read_text(), made)
-        folder = args.publish.with_suffix("")
-        folder.mkdir(exist_ok=True)
-        (folder / "live.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        args.publish.write_text(page)
-
-
-if __name__ == "__main__":
-    main()
