@@ -31,7 +31,7 @@ from evidence.models import PAIRS, model
 from evidence.report import filled_with, markdown, told
 from evidence.shares import Table, over
 from evidence.study import Measuring, Results
-from expertsteer_nnsight.align.aligner import ordinary_rows
+from expertsteer_nnsight.align.aligner import ordinary_rows, without_massive
 from expertsteer_nnsight.align.closed_form import ProcrustesAligner
 from expertsteer_nnsight.match.layer_matching import LayerPair, match_layers
 from expertsteer_nnsight.models.identity import ModelIdentity
@@ -123,7 +123,8 @@ class Grid:
     def difference(self, who: str, name: str, layer: int) -> torch.Tensor:
         """Mean difference of a concept's labelled texts, a unit vector."""
         labels = [1, 0] * (self.labelled(who, name).n_texts // 2)
-        return es.find_direction(self.labelled(who, name)[layer], labels, "mean_difference", folds=0).vector
+        _, states = without_massive(self.anchors(who)[layer], self.labelled(who, name)[layer])
+        return es.find_direction(states, labels, "mean_difference", folds=0).vector
 
     def plans(self, who: str, setting: Setting) -> dict[str, SteeringPlan]:
         """A plan for each concept, of `who` in the expert's place."""
@@ -169,8 +170,10 @@ class Grid:
 
 def _fitted(aligner: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
     """A new aligner like `aligner`, fitted on the rows without massive activations."""
+    (x,) = without_massive(x)
     ordinary = ordinary_rows(x, y)
-    return clone(aligner).fit(x[ordinary], y[ordinary])
+    made: Any = clone(aligner)
+    return made.fit(x[ordinary], y[ordinary])
 
 
 def run(data: Data, out: Path, pairs: Sequence[str], concepts: Sequence[str]) -> Results:

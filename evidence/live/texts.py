@@ -27,7 +27,7 @@ import expertsteer_nnsight as es
 from evidence.live.results import Line, Results
 from evidence.models import PAIRS, model
 from evidence.report import markdown
-from expertsteer_nnsight.align.aligner import ordinary_rows
+from expertsteer_nnsight.align.aligner import ordinary_rows, without_massive
 from expertsteer_nnsight.measure.rows import Encoded
 from expertsteer_nnsight.measure.scoring import likelihoods
 from expertsteer_nnsight.models.identity import ModelIdentity
@@ -269,6 +269,7 @@ class Domain:
             own = self.states("target", "train")[t]
             h = own if arm in ("own", "both") else None
             slope, norm = self.slopes[t], float(own.norm(dim=1).median())
+            x = None if x is None else without_massive(x)[0]
             keep = ordinary_rows(own if x is None else x, own)
             x, h = (None if side is None else side[keep] for side in (x, h))
             self.kept[key] = fitted(x, h, slope[keep], norm, t, alpha)

@@ -29,6 +29,7 @@ from .linear import Kind, chain, check_kind
 
 A = TypeVar("A", bound="Aligner")
 MASSIVE = 5.0  # median norms: no ordinary activation is longer
+MASSIVE_COORDINATE = 2.0  # median norms: no ordinary coordinate is further from its median, anywhere
 
 
 def ordinary_rows(*sides: Float[Tensor, "anchor _"]) -> Bool[Tensor, " anchor"]:
@@ -42,6 +43,23 @@ def ordinary_rows(*sides: Float[Tensor, "anchor _"]) -> Bool[Tensor, " anchor"]:
     """
     norms = [side.norm(dim=1) for side in sides]
     return torch.stack([(n <= MASSIVE * n.median()).cpu() for n in norms]).all(0)
+
+
+def without_massive(anchors: Float[Tensor, "anchor hidden"], *more: Float[Tensor, "_ hidden"]) -> list[Tensor]:
+    """Activations with zeros in the coordinates that are massive anywhere in them: a map and a direction leave these out.
+
+    A model keeps its massive activations in a few coordinates, the same for all texts (Sun et al., 2024, arXiv 2402.17762), and
+    at a full stop they may have any size from none to twenty times the rest. A difference of means is then mostly
+    theirs, and noise.
+
+    Args:
+        anchors: of one layer; the median norm of their rows is the unit.
+        more: other activations of this layer, such as those of labelled texts.
+    """
+    center, unit = anchors.median(0).values, anchors.norm(dim=1).median()
+    sides = [anchors, *more]
+    massive = torch.stack([(x - center).abs().amax(0) > MASSIVE_COORDINATE * unit for x in sides]).any(0)
+    return [x.masked_fill(massive, 0.0) for x in sides] if bool(massive.any()) else sides
 
 
 class Aligner(TransformerMixin, BaseEstimator):

@@ -22,7 +22,7 @@ from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..align.aligner import Aligner, ordinary_rows
+from ..align.aligner import Aligner, ordinary_rows, without_massive
 from ..align.closed_form import CovarianceAligner, IdentityAligner
 from ..align.controls import PermutedAligner, permuted_directions
 from ..directions.find import find_direction
@@ -120,7 +120,8 @@ def _permuted(
     """`steer.plan_` with the directions that come of shuffled anchor pairs; each draw shuffles all layers alike."""
     by_pair: list[Any] = []  # [draw, d_target] for each layer pair
     for pair, aligner, found in zip(steer.pairs_, steer.aligners_, steer.directions_, strict=True):
-        anchors, y = expert_anchors[pair.expert], target_anchors[pair.target]
+        anchors, mine = without_massive(expert_anchors[pair.expert], x[pair.expert])
+        y = target_anchors[pair.target]
         ordinary = ordinary_rows(anchors, y)
         anchors, y = anchors[ordinary], y[ordinary]
         v = found.vector if found.vector.ndim == 1 else found.vector[0]
@@ -130,7 +131,7 @@ def _permuted(
         rows = []
         for n in range(draws):
             shuffled = PermutedAligner(aligner, steer.random_state + n).fit(anchors, y)
-            mapped, own = shuffled.transform(x[pair.expert]), aligner.transform(x[pair.expert])
+            mapped, own = shuffled.transform(mine), aligner.transform(mine)
             gap, spread = ((m - m.mean(0)).norm() for m in (mapped - own, own))
             if n == 0 and gap < 1e-3 * spread:
                 rows = [v] * draws  # an auto-encoder does not use the pairing: every search would end alike

@@ -19,7 +19,7 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..align.aligner import Aligner, ordinary_rows
+from ..align.aligner import Aligner, ordinary_rows, without_massive
 from ..align.autoencoder import AutoencoderAligner
 from ..align.closed_form import CovarianceAligner, RidgeAligner
 from ..directions.find import Direction, find_direction
@@ -396,14 +396,14 @@ class ExpertSteer(BaseEstimator):
         text_of = torch.tensor(getattr(target_anchors, "text_of", None) or range(len(target_anchors[pairs[0].target])))
         aligners, directions, vectors, steps = [], [], [], []
         for pair in pairs:
-            anchors, y = expert_anchors[pair.expert], target_anchors[pair.target]
+            anchors, x = without_massive(expert_anchors[pair.expert], labelled[pair.expert])
+            y = target_anchors[pair.target]
             aligner: Any = clone(self.aligner if self.aligner is not None else RidgeAligner())
             if "random_state" in aligner.get_params():
                 aligner.set_params(random_state=self.random_state)
             rows = ordinary_rows(anchors, y)
             r2 = held_out_r2(aligner, anchors[rows], y[rows], text_of[rows], self.random_state)
             aligner.fit(anchors[rows], y[rows])
-            x = labelled[pair.expert]
             x = aligner.transform(x) if self.space == "target" else x
             found = find_direction(x, labels, self.direction, self.kind, groups, self.random_state)
             v = found.vector if self.space == "target" else aligner.map_direction(found.vector, found.space)
@@ -441,6 +441,7 @@ class ExpertSteer(BaseEstimator):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
+                _, own = without_massive(target_anchors, own)
                 found = find_direction(own, labels, self.direction, self.kind, groups, self.random_state, folds=0)
         except unusable:
             return None

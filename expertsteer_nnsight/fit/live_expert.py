@@ -26,7 +26,7 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..align.aligner import Aligner, ordinary_rows
+from ..align.aligner import Aligner, ordinary_rows, without_massive
 from ..align.closed_form import CovarianceAligner, IdentityAligner, ProcrustesAligner, RidgeAligner
 from ..files import library_versions, whole_file
 from ..measure.answers import AnswersReceipt
@@ -263,7 +263,7 @@ class LiveExpert(BaseEstimator):
         return sorted({(at(e, expert), at(t, target)) for e, t in product(*DEPTHS)})
 
     def _fitted(self, pair: tuple[int, int], expert: Activations, target: Activations) -> LiveMap:
-        x, y = expert[pair[0]], target[pair[1]]
+        (x,), y = without_massive(expert[pair[0]]), target[pair[1]]
         rows = ordinary_rows(x, y)
         x, y = x[rows], y[rows]
         if len(x) < 2:
