@@ -48,9 +48,8 @@ def ordinary_rows(*sides: Float[Tensor, "anchor _"]) -> Bool[Tensor, " anchor"]:
 def without_massive(anchors: Float[Tensor, "anchor hidden"], *more: Float[Tensor, "_ hidden"]) -> list[Tensor]:
     """Activations with zeros in the coordinates that are massive anywhere in them: a map and a direction leave these out.
 
-    A model keeps its massive activations in a few coordinates, the same for all texts (Sun et al., 2024, arXiv 2402.17762), and
-    at a full stop they may have any size from none to twenty times the rest. A difference of means is then mostly
-    theirs, and noise.
+    A model keeps its massive activations in a few coordinates, the same for all texts (Sun et al., 2024, arXiv 2402.17762). At a
+    full stop they may have any size from none to many times the rest, and a difference of means is then mostly theirs, and noise.
 
     Args:
         anchors: of one layer; the median norm of their rows is the unit.

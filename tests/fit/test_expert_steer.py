@@ -12,6 +12,7 @@ from sklearn.base import clone
 from tiny import PROMPTS, build, tiny
 
 import expertsteer_nnsight as es
+from expertsteer_nnsight.align.aligner import without_massive
 from expertsteer_nnsight.directions.find import find_direction
 from expertsteer_nnsight.fit.control_arms import control_arms
 from expertsteer_nnsight.models.identity import ModelIdentity
@@ -85,6 +86,45 @@ def test_massive_activations_do_not_turn_the_map(space):
     ]
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one.vectors[0].direction, two.vectors[0].direction)
+
+
+@pytest.mark.parametrize("direction", ["mean_difference", "rfm", "logistic"])
+@pytest.mark.parametrize("space", ["expert", "target"])
+def test_what_stands_in_massive_coordinates_has_no_say(direction, space):
+    labelled, y, e, t, truth = planted()
+    kind = "pattern" if direction != "mean_difference" else None
+    steer = es.ExpertSteer(es.RidgeAligner(), layers=[(1, 2)], space=space, direction=direction, kind=kind)
+    g = torch.Generator().manual_seed(3)
+
+    def spoilt(x, share, scale):
+        """Two coordinates of some rows are of any size up to hundreds of norms, as at a full stop in Qwen2.5."""
+        sizes = scale * x.norm(dim=1).median() * torch.rand(len(x), 2, generator=g, dtype=torch.float64)
+        rows = torch.rand(len(x), generator=g) < share
+        return torch.cat([x[:, :4], torch.where(rows[:, None], sizes, 0.1 * sizes.sign()), x[:, 4:]], 1)
+
+    plans, aucs = [], []
+    for scale in (20.0, 20.0, 300.0):  # two draws, and another size
+        other: es.ExpertSteer = clone(steer)
+        plans.append(other.fit_activations({1: spoilt(labelled[1], 0.8, scale)}, y, {1: spoilt(e[1], 0.05, scale)}, t))
+        aucs.append(plans[-1].info["pairs"][0]["held_out_auc"])
+        permuted = control_arms(
+            other, {1: spoilt(labelled[1], 0.8, scale)}, y, {1: spoilt(e[1], 0.05, scale)}, t, draws=2
+        )
+        assert all(torch.isfinite(p.vectors[0].direction).all() for p in permuted["permuted"])
+    clean: es.ExpertSteer = clone(steer)
+    wide = {1: torch.cat([labelled[1][:, :4], torch.zeros(len(y), 2, dtype=torch.float64), labelled[1][:, 4:]], 1)}
+    anchors = {1: torch.cat([e[1][:, :4], torch.zeros(len(e[1]), 2, dtype=torch.float64), e[1][:, 4:]], 1)}
+    expected = clean.fit_activations(wide, y, anchors, t)
+    for plan in plans:
+        torch.testing.assert_close(plan.vectors[0].direction, expected.vectors[0].direction)
+        assert abs(cosine(plan.vectors[0].direction, truth[2])) > 0.8
+    assert aucs == [expected.info["pairs"][0]["held_out_auc"]] * 3
+
+
+def test_ordinary_activations_stay_as_they_are():
+    labelled, _, e, _, _ = planted()
+    anchors, x = without_massive(e[1], labelled[1])
+    assert anchors is e[1] and x is labelled[1]
 
 
 @pytest.mark.parametrize("preset", ["recommended", "in_domain"])
