@@ -180,6 +180,27 @@ def ahead_table(table: Table, pair: str) -> str:
     return markdown(["factor", "level", "tuning", "reporting", "reporting, expert - untrained", "p, corrected"], body)
 
 
+def above_table(table: Table, pair: str) -> str:
+    """Whether the base's expert exceeds native: on the tuning concepts, and then on the reported ones."""
+    body = []
+    for title, names in (("tuning", TUNING), ("reported", REPORTING)):
+        names = table.steerable(pair, names)
+        expert, native = (table.arm(pair, names, *BASE, who) for who in ("expert", "native"))
+        mean = mean_over(expert, native)
+        if mean is None:
+            continue
+        gaps = {name: one(expert[name], native[name]) for name in names if name in expert}
+        above, below = (
+            [n for n, gap in gaps.items() if test(gap)] for test in (lambda g: g[1] > 0, lambda g: g[2] < 0)
+        )
+        body.append(
+            [title, ", ".join(gaps), told(mean[0]), f"{mean[1]:.3f}", *(", ".join(x) or "none" for x in (above, below))]
+        )
+    return markdown(
+        ["concepts", "", "mean of expert - native, nats", "p (above 0)", "above native", "below native"], body
+    )
+
+
 def judge_table(table: Table, pair: str, concepts: Sequence[str]) -> str:
     """What the sentence judge makes of steered continuations, and the mean of expert - native."""
     body = []
@@ -245,6 +266,8 @@ def tables(table: Table) -> dict[str, str]:
                 found[f"judge {pair} {title}"] = judge_table(table, pair, concepts)
             if len(_varied(table, pair, concepts)[0].levels(pair)) > 1:
                 found[f"factors {pair} {title}"] = factor_table(table, pair, concepts)
+        if table.arm(pair, REPORTING, *BASE, "expert"):
+            found[f"above {pair}"] = above_table(table, pair)
         if f"factors {pair} tuning" in found:
             found[f"ahead {pair}"] = ahead_table(table, pair)
     return found

@@ -1,4 +1,4 @@
-"""How much of an expert's knowledge a live expert passes on: choice tasks and any text, with all controls.
+"""How much of an expert's knowledge a live expert passes on: choice tasks, any text and private context, with controls.
 
 python -m evidence.live --data FOLDER                                   # goes on where it stopped
 python -m evidence.live --redraw --publish docs/live_evidence.md        # the page again, without a model
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from evidence.live import choices, texts
+from evidence.live import choices, context, texts
 from evidence.live.results import Results
 from evidence.models import PAIRS
 from evidence.report import filled_with
 
-PARTS = ("choices", "texts")
+PARTS = ("choices", "texts", "context")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         work = list(product(args.pairs, args.kinds if "texts" in args.parts else ()))
         for pair, kind in tqdm(work, desc="texts", disable=not work):
             texts.measure(pair, kind, args.data, results, args.out / "live_states")
-    made = {**choices.tables(results.lines), **texts.tables(results.lines)}
+        for pair, kind in product(args.pairs, context.KINDS if "context" in args.parts else ()):
+            context.measure(pair, kind, results, args.out / "live_states")
+    made = {name: table for part in (choices, texts, context) for name, table in part.tables(results.lines).items()}
     print("\n\n".join(f"{name}\n\n{text}" for name, text in made.items()))
     if args.publish:
         page = filled_with(args.publish.read_text(), made)

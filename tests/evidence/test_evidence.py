@@ -23,7 +23,7 @@ import expertsteer_nnsight as es
 from evidence.__main__ import main
 from evidence.cell import Cell
 from evidence.concepts import ASKED, OPENINGS, REPORTING, SOURCES, TUNING, WRITTEN, Data, concept
-from evidence.report import ahead, base_table, factor_table, filled, medians, publish, summary, tables
+from evidence.report import above_table, ahead, base_table, factor_table, filled, medians, publish, summary, tables
 from evidence.shares import FEW, WIDENED, Table, mean_over, one, over
 from evidence.splits import Apart
 from evidence.study import Measuring, Results, run
@@ -259,6 +259,16 @@ def test_concepts_that_native_does_not_steer_count_in_no_median():
     assert table.steerable("p", REPORTING) == [REPORTING[0]]
     text = base_table(table, "p", REPORTING)
     assert "| **median** |  |  |  | 0.5" in text and "| (15" in text and "with those in brackets" in text
+
+
+def test_where_the_expert_exceeds_native_is_told_for_tuning_and_reported_concepts_apart():
+    whos = {"native": 1.0, "random": 0.01}
+    made = list(lines({(n, w): m for n in (*TUNING[:2], *REPORTING[:2]) for w, m in whos.items()}))
+    ahead_of = {TUNING[0]: 5.0, TUNING[1]: 6.0, REPORTING[0]: 5.0, REPORTING[1]: -4.0}
+    made += lines({(n, "expert"): m for n, m in ahead_of.items()})
+    header, _, tuning, reported = above_table(Table(made), "p").splitlines()
+    assert "p (above 0)" in header and f"| {TUNING[0]}, {TUNING[1]} | none |" in tuning
+    assert f"| {REPORTING[0]} | {REPORTING[1]} |" in reported and "above p" in tables(Table(made))
 
 
 @given(st.integers(0, 1000))

@@ -12,6 +12,7 @@ from question_sets import write_sets
 
 import expertsteer_nnsight as es
 from evidence.live import choices as study
+from evidence.live import context
 from evidence.live import texts as text_study
 from evidence.live.__main__ import main
 from evidence.live.results import Results
@@ -207,3 +208,42 @@ def test_a_share_of_the_lead_is_of_bits_a_character():
     assert text_study.share(line, "own") == pytest.approx(0.25) and text_study.share(
         line, "both", below="own"
     ) == pytest.approx(0.25)
+
+
+# -- private context ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", context.KINDS)
+def test_only_the_sentence_tells_the_place_and_no_item_is_an_anchor(kind):
+    made = context.splits(kind)
+    asked = {name: {q for _, q, _, _ in some} for name, some in made.items()}
+    assert not asked["train"] & asked["test"] and not asked["validation"] & asked["test"]
+    for sentence, question, options, right in made["test"]:
+        assert options[right] in sentence and not any(o in question for o in options)
+        assert len(set(options)) == 4 and not any(o in sentence for o in options if o != options[right])
+    places = {name: {o for *_, options, _ in some for o in options} for name, some in made.items()}
+    assert bool(places["train"] & places["test"]) == (kind == "known places")
+
+
+def test_the_expert_alone_reads_the_sentence(small, monkeypatch):
+    for name, value in {"GENERAL": 8, "TRAINING": 8, "VALIDATION": 3, "TEST": 5, "UNTRAINED": 1}.items():
+        monkeypatch.setattr(context, name, value)
+    named = {"gemma": functools.partial(tiny.tiny, "gemma3", bos=True), "smol": functools.partial(tiny.tiny, "llama")}
+    monkeypatch.setattr(context, "model", lambda name: named[name]())
+    live = es.LiveExpert(layers=[(1, 2)]).fit(named["gemma"](), named["smol"](), STORIES, progress=False)
+    some = context.splits("known places")["test"]
+    reads = context.Reads(live, [s for s, *_ in some])
+    asked = [(q, o) for _, q, options, _ in some for o in options]
+    plans = reads.for_texts(*zip(*asked, strict=True))
+    for number, (sentence, question, options, _) in enumerate(some):
+        expected = live.plan([question], reads=[sentence + question]).vectors[0].direction[0]
+        for plan in plans[number * len(options) : (number + 1) * len(options)]:
+            torch.testing.assert_close(plan.vectors[0].direction, expected)
+    results = Results(small / "out" / "live.jsonl")
+    context.measure("gemma-smol", "known places", results, small / "states")
+    (line,) = results.lines
+    arms = {"live", "another sentence", "no sentence", "untrained, seed 1"}
+    assert {name.split(": ")[1] for name in line["answers"] if ": " in name} == arms and len(line["right"]) == 5
+    monkeypatch.setattr(context, "splits", lambda kind: pytest.fail("measured again"))
+    context.measure("gemma-smol", "known places", Results(small / "out" / "live.jsonl"), small / "states")
+    assert context.tables([line])["context"].count("| gemma-smol | known places |") == 2
