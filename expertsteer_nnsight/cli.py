@@ -267,6 +267,9 @@ def live_fit(
     anchors: Anchors = None,
     validation: Annotated[Path | None, _file(f"{_ROWS}: layers and amount are chosen on them")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="read options, and what the target writes, too")] = False,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="steer only prompts of which the expert is surer; needs --validation")
+    ] = False,
     cache: Cache = None,
     seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
     remote_expert: RemoteExpert = None,
@@ -275,11 +278,12 @@ def live_fit(
     """Fit the maps from the expert to the target on unlabelled texts."""
     held_out = None if validation is None else _questions_of(validation)
     models = _model_of(expert, remote_expert), _model_of(target, remote_target)
-    made = es.LiveExpert(follow=follow, random_state=seed)
+    made = es.LiveExpert(follow=follow, gate="validation" if gate else None, random_state=seed)
     made.fit(*models, _anchors_of(anchors), held_out, cache=cache, **_remotes_of(remote_expert, remote_target))
     r2 = {pair: "" if made.maps_[pair].r2 is None else f" (R² {made.maps_[pair].r2:.2f})" for pair in made.layers_}
     layers = ", ".join(f"{e}>{t}{r2[e, t]}" for e, t in made.layers_)
-    typer.echo(f"Layers {layers}, amount {made.amount_:g}.\nWrote {made.save(out)}.")
+    through = "" if made.gate_ is None else f", gate {made.gate_:.2f} nats"
+    typer.echo(f"Layers {layers}, amount {made.amount_:g}{through}.\nWrote {made.save(out)}.")
 
 
 @live.command("generate")

@@ -63,6 +63,12 @@ def live_receipt(
     arms = {"live": live, **live_arms(live, anchors, untrained=untrained, cache=cache, progress=progress)}
     answers = answered(live, arms, questions, told, progress=progress)
     notes = []
+    if live.gate_ is not None:
+        prompts = [prompt for prompt, _, _ in questions.items]
+        through = live._setting().heard(prompts, prompts)
+        notes.append(
+            f"the gate let the expert steer {sum(through)} of {len(through)} questions, and every control the same ones"
+        )
     known = set(live.info_.get("validation", {}).get("prompts", ()))
     again = sum(texts_hash([prompt]) in known for prompt, _, _ in questions.items)
     if again:
@@ -107,13 +113,14 @@ def live_arms(
     folder = None if cache is None else Path(cache)
     arms: dict[str, ByText] = {"another prompt": AnotherPrompt(live), "mean": Mean(live)}
 
-    def refitted(reader: Any, layers: Any, name: str, remote: Any = False) -> LiveExpert:
+    def refitted(reader: Any, layers: Any, name: str, remote: Any = False) -> ByText:
         """The same live expert with another model in the expert's place, and maps of its own."""
         made: Any = clone(live)
-        made.set_params(layers=layers, amount=live.amount_)
+        made.set_params(layers=layers, amount=live.amount_, gate=None)
         folders = (None, None) if folder is None else (folder / name, folder / "target")
         how = {"batch_size": live._batch_size, "remote_target": live.remote_target_, "progress": progress}
-        return made._fit(reader, live.target_, texts, ends, folders, remote_expert=remote, **how)
+        made._fit(reader, live.target_, texts, ends, folders, remote_expert=remote, **how)
+        return made if live.gate_ is None else SamePrompts(live, made)
 
     for seed in range(1, untrained + 1):
         arms[f"untrained, seed {seed}"] = refitted(
@@ -183,12 +190,36 @@ class AnotherPrompt:
         return [other[str(prompt)] for prompt in prompts]
 
     def for_texts(self, prompts: Sequence[Text], continuations: Sequence[str] | None = None) -> list[SteeringPlan]:
-        """As `LiveExpert.for_texts`."""
-        return self.live.for_texts(prompts, continuations, self._reads(prompts))
+        """As `LiveExpert.for_texts`; the same prompts pass the gate as when the expert reads them."""
+        setting = self.live._setting()
+        return setting.for_texts(prompts, continuations, self._reads(prompts), setting.heard(prompts, prompts))
 
     def generate(self, prompts: Sequence[Text], max_new_tokens: int) -> list[str]:
         """As `LiveExpert.generate`; where it follows, the other prompt with what is written after this one."""
-        return self.live._setting().generate(prompts, max_new_tokens, self._reads(prompts))
+        setting = self.live._setting()
+        return setting.generate(prompts, max_new_tokens, self._reads(prompts), setting.heard(prompts, prompts))
+
+
+class SamePrompts:
+    """A control that steers the prompts that a live expert's gate lets through, so that both steer the same ones.
+
+    Args:
+        live: a fitted one with a gate.
+        control: another one without.
+    """
+
+    def __init__(self, live: LiveExpert, control: LiveExpert) -> None:
+        self.live, self.control = live, control
+
+    def for_texts(self, prompts: Sequence[Text], continuations: Sequence[str] | None = None) -> list[SteeringPlan]:
+        """As `LiveExpert.for_texts`."""
+        heard = self.live._setting().heard(prompts, prompts)
+        return self.control._setting().for_texts(prompts, continuations, None, heard)
+
+    def generate(self, prompts: Sequence[Text], max_new_tokens: int) -> list[str]:
+        """As `LiveExpert.generate`."""
+        heard = self.live._setting().heard(prompts, prompts)
+        return self.control._setting().generate(prompts, max_new_tokens, None, heard)
 
 
 class Mean:

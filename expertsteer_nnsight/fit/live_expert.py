@@ -32,6 +32,8 @@ from ..files import library_versions, whole_file
 from ..measure.answers import AnswersReceipt
 from ..measure.effects import Effect, MultipleChoice
 from ..measure.rollouts import completions, rollouts
+from ..measure.rows import entropies
+from ..measure.scoring import encoded, in_rows
 from ..models.identity import ModelIdentity
 from ..models.positions import affixes, prefix_ids
 from ..models.prompts import Prompts
@@ -50,6 +52,7 @@ FORMAT, VERSION = "expertsteer_nnsight.live_expert", 1
 DEPTH = (0.88, 0.76)  # of expert and target, where no validation items choose: those of Gemma-3-270M and SmolLM2-135M
 DEPTHS = ((0.59, 0.76, 0.88, 1.0), (0.41, 0.62, 0.76, 0.9))  # from which they choose
 AMOUNTS = (0.5, 1.0, 1.5)
+GATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the validation items that a gate lets through
 ALIGNERS = (RidgeAligner, ProcrustesAligner, CovarianceAligner, IdentityAligner)  # whose settings a file keeps
 TENSORS = ("weight", "bias", "mean", "predictor")  # of a map, in a file
 EVERY = 10**6  # shared ends of an anchor
@@ -107,6 +110,8 @@ class LiveExpert(BaseEstimator):
         follow: the expert reads on: what a scored option says, or what the target writes, at shared ends too.
         follow_op: what is done there.
         follow_amount: and how much of it.
+        gate: steer only prompts of which the expert is surer than the target: where its next-token entropy less the target's is at
+            most so many nats. "validation": the number is chosen on the validation items. None steers every prompt.
         anchor_ends: at how many shared token ends an anchor is read; all of them if None.
         random_state: seed of the choice of these.
 
@@ -114,6 +119,7 @@ class LiveExpert(BaseEstimator):
         maps_: of a fitted one: a `LiveMap` for each layer pair that was read.
         layers_: the pairs that are used.
         amount_: the amount that is used.
+        gate_: the gate that is used; None if every prompt is steered.
         validation_: (layers, amount, mean score) of each setting that was tried, the best first; empty without validation items.
         expert_, target_: the wrapped models; `remote_` where the expert is read.
         info_: what is known of the making: identities, texts, settings, versions. Plain JSON values.
@@ -129,6 +135,7 @@ class LiveExpert(BaseEstimator):
         follow: bool = False,
         follow_op: str = "innovation",
         follow_amount: float = 0.5,
+        gate: float | str | None = None,
         anchor_ends: int | None = None,
         random_state: int = 0,
     ) -> None:
@@ -140,6 +147,7 @@ class LiveExpert(BaseEstimator):
         self.follow = follow
         self.follow_op = follow_op
         self.follow_amount = follow_amount
+        self.gate = gate
         self.anchor_ends = anchor_ends
         self.random_state = random_state
 
@@ -181,6 +189,10 @@ class LiveExpert(BaseEstimator):
         self._check()
         texts = as_texts(anchors)
         folders = (None, None) if cache is None else (Path(cache) / "expert", Path(cache) / "target")
+        if self.gate == "validation" and _prompts_of(validation) is None:
+            raise ValueError(
+                'gate="validation" needs validation items with prompts, such as MultipleChoice: give them to fit.'
+            )
         self.target_ = target
         ends = self._ends(expert, texts)
         how = {
@@ -241,7 +253,10 @@ class LiveExpert(BaseEstimator):
                 raise ValueError(f'{name} is {value!r}: it must be "blend", "innovation" or "add".')
         if self.where not in ("last_prompt", "shared_ends"):
             raise ValueError(f'where is {self.where!r}: it must be "last_prompt" or "shared_ends".')
-        for name, value in (("amount", self.amount), ("follow_amount", self.follow_amount)):
+        if isinstance(self.gate, str) and self.gate != "validation":
+            raise ValueError(f'gate is {self.gate!r}: it must be a number of nats, "validation" or None.')
+        gate = None if self.gate == "validation" else self.gate
+        for name, value in (("amount", self.amount), ("follow_amount", self.follow_amount), ("gate", gate)):
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} is {value}: it must be a finite number.")
         if self.anchor_ends is not None and self.anchor_ends < 0:
@@ -288,18 +303,18 @@ class LiveExpert(BaseEstimator):
         """Sets `layers_`, `amount_` and `validation_`: the layers first, then the amount there."""
         together = [list(candidates)] if self.layers is not None else [[pair] for pair in candidates]
         self.layers_, self.amount_ = together[0], 1.0 if self.amount is None else float(self.amount)
+        self.gate_ = None if self.gate is None or self.gate == "validation" else float(self.gate)
         self.validation_: list[tuple[list[tuple[int, int]], float, float]] = []
         if validation is None:
             return
-        reading, unsteered = _Read(self), 0.0
+        reading, unsteered, by_item = _Read(self), 0.0, {}
 
         def tried(settings: list[tuple[list[tuple[int, int]], float]]) -> None:
             nonlocal unsteered
             steering = [_Setting(reading, *setting) for setting in settings]
-            scores = (
-                validation.score(self.target_, steering, remote=self.remote_target_, progress=progress).double().mean(1)
-            )
-            unsteered = float(scores[0])
+            every = validation.score(self.target_, steering, remote=self.remote_target_, progress=progress).double()
+            scores, unsteered = every.mean(1), float(every[0].mean())
+            by_item.update({str(setting): (every[0], mine) for setting, mine in zip(settings, every[1:], strict=True)})
             found = [(*setting, float(score)) for setting, score in zip(settings, scores[1:], strict=True)]
             self.validation_ = sorted([*self.validation_, *found], key=lambda each: -each[2])
             self.layers_, self.amount_, _ = self.validation_[0]
@@ -307,9 +322,12 @@ class LiveExpert(BaseEstimator):
         tried([(layers, self.amount_) for layers in together])
         if self.amount is None:
             tried([(self.layers_, amount) for amount in AMOUNTS if amount != self.amount_])
-        asked = getattr(validation, "items", None) or [(prompt,) for prompt in getattr(validation, "prompts", ())]
+        asked = _prompts_of(validation) or []
+        if self.gate == "validation":
+            self.gate_ = _best_gate(reading.gaps(asked, asked), *by_item[str((self.layers_, self.amount_))])
+            self.info_["gate"] = self.gate_
         self.info_["validation"] = {
-            "prompts": sorted({texts_hash([item[0]]) for item in asked}),
+            "prompts": sorted({texts_hash([prompt]) for prompt in asked}),
             "items": len(validation), "unit": validation.unit, "unsteered": unsteered,
             "settings": [[[list(p) for p in layers], amount, score] for layers, amount, score in self.validation_],
         }  # fmt: skip
@@ -371,7 +389,7 @@ class LiveExpert(BaseEstimator):
             raise ValueError(
                 "The live expert was read from a file without its models: LiveExpert.load(path, expert, target)."
             )
-        return _Setting(_Read(self), self.layers_, self.amount_)
+        return _Setting(_Read(self), self.layers_, self.amount_, self.gate_)
 
     def generate(
         self, prompts: Any, max_new_tokens: int = 40, *, batch_size: int = 32, do_sample: bool = False
@@ -404,12 +422,15 @@ class LiveExpert(BaseEstimator):
         check_is_fitted(self, "layers_")
         used = [self.maps_[pair] for pair in self.layers_]
         tensors = {f"{i}.{name}": getattr(one, name) for i, one in enumerate(used) for name in TENSORS}
-        kept = {k: v for k, v in self.get_params(deep=False).items() if k not in ("aligner", "layers", "amount")}
+        kept = {
+            k: v for k, v in self.get_params(deep=False).items() if k not in ("aligner", "layers", "amount", "gate")
+        }
         aligner = self.aligner if self.aligner is not None else RidgeAligner()
         plain = all(isinstance(v, (int, float, str, bool, tuple, type(None))) for v in aligner.get_params().values())
         known = {"name": type(aligner).__name__, "parameters": aligner.get_params()}
         header = {
-            "format_version": VERSION, "settings": kept, "amount": self.amount_, "info": self.info_,
+            "format_version": VERSION, "settings": kept, "amount": self.amount_, "gate": self.gate_,
+            "info": self.info_,
             "aligner": known if plain and type(aligner) in ALIGNERS else None,
             "maps": [{"expert": m.expert, "target": m.target, "norm": m.norm, "r2": m.r2} for m in used],
         }  # fmt: skip
@@ -452,14 +473,14 @@ class LiveExpert(BaseEstimator):
                 aligner = made[known.name](**told)
         except TypeError as error:
             raise ValueError(f"The header of {path} is damaged: the aligner's parameters ({error}).") from None
-        live = cls(aligner, **header.settings.model_dump(), layers=layers, amount=header.amount)
+        live = cls(aligner, **header.settings.model_dump(), layers=layers, amount=header.amount, gate=header.gate)
         live.aligner_known_ = known is not None
         live._check()
         live.maps_ = {}
         for i, m in enumerate(header.maps):
             mine: dict[str, Any] = {**m.model_dump(), **{name: tensors[f"{i}.{name}"] for name in TENSORS}}
             live.maps_[m.expert, m.target] = LiveMap(**mine)
-        live.layers_, live.amount_, live.validation_ = layers, header.amount, []
+        live.layers_, live.amount_, live.gate_, live.validation_ = layers, header.amount, header.gate, []
         live.info_, live._batch_size = header.info, None
         live.expert_, live.target_, live.remote_, live.remote_target_ = expert, target, remote_expert, remote_target
         for model, name in ((expert, "expert"), (target, "target")):
@@ -469,12 +490,44 @@ class LiveExpert(BaseEstimator):
         return live
 
 
+def _prompts_of(effect: Any) -> list[Text] | None:
+    """The prompts of an effect's items; None where it has none."""
+    items = getattr(effect, "items", None)
+    found: list[Text] = list(getattr(effect, "prompts", ())) if items is None else [item[0] for item in items]
+    return found or None
+
+
+def _best_gate(gaps: Tensor, unsteered: Tensor, steered: Tensor) -> float | None:
+    """The gate with the highest mean score, from scores `[item]` without and with; None if steering every item is as good."""
+    best, found = float(steered.mean()), None
+    for gate in sorted({float(torch.quantile(gaps.double(), q)) for q in GATES}):
+        mean = float(torch.where(gaps <= gate, steered, unsteered).mean())
+        if mean > best:
+            best, found = mean, gate
+    return found
+
+
 class _Read:
     """Reads the expert, each text once."""
 
     def __init__(self, live: LiveExpert) -> None:
         self.live = live
         self.known: dict[str, Activations] = {}
+        self.entropy: dict[tuple[str, str], float] = {}
+
+    def gaps(self, prompts: Sequence[Text], reads: Sequence[Text]) -> Tensor:
+        """Entropy of the expert's next token less that of the target's, `[prompt]`, nats."""
+        expert = self._entropies("expert", self.live.expert_, reads, self.live.remote_)
+        return expert - self._entropies("target", self.live.target_, prompts, self.live.remote_target_)
+
+    def _entropies(self, who: str, model: Any, texts: Sequence[Text], remote: Any) -> Tensor:
+        keys = [(who, json.dumps(text)) for text in texts]
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.entropy}
+        if new:
+            read = encoded(model, list(new.values()))
+            found = in_rows(model, [], read, [1] * len(read), entropies, remote=remote)
+            self.entropy.update({key: float(value[0]) for key, (value,) in zip(new, found, strict=True)})
+        return torch.tensor([self.entropy[key] for key in keys])
 
     def __call__(self, texts: Sequence[Text], ends: Sequence[Sequence[int]] | None = None) -> Activations:
         """Activations at the end of each text, and at its `ends` before."""
@@ -489,43 +542,59 @@ class _Read:
 
 
 class _Setting:
-    """A live expert at given layers and amount."""
+    """A live expert at given layers, amount and gate."""
 
-    def __init__(self, read: _Read, layers: Sequence[tuple[int, int]], amount: float) -> None:
-        self.live, self.read, self.amount = read.live, read, amount
+    def __init__(
+        self, read: _Read, layers: Sequence[tuple[int, int]], amount: float, gate: float | None = None
+    ) -> None:
+        self.live, self.read, self.amount, self.gate = read.live, read, amount, gate
         self.maps = [self.live.maps_[pair] for pair in layers]
 
-    def plan(self, prompts: Sequence[Text], reads: Sequence[Text] | None = None) -> SteeringPlan:
-        """As `LiveExpert.plan`."""
+    def plan(
+        self, prompts: Sequence[Text], reads: Sequence[Text] | None = None, heard: Sequence[bool] | None = None
+    ) -> SteeringPlan:
+        """As `LiveExpert.plan`, with `heard` in the gate's place."""
         reads = prompts if reads is None else reads
         tokenizer = tokenizer_of(self.live.target_)
         known = affixes(tokenizer)
         ids = [encode(tokenizer, prompt, known)[0] for prompt in prompts]
-        rows = self._vectors(prompts, None, reads)
+        heard = self.heard(prompts, reads) if heard is None else heard
+        rows = self._vectors(prompts, None, reads, heard)
         layers = [{"expert_layer": m.expert, "target_layer": m.target, "held_out_r2": m.r2} for m in self.maps]
         info = {**self.live.info_, "pairs": layers, "amount": self.amount}
+        if self.gate is not None:
+            info["gate"] = {"nats": self.gate, "steered": sum(heard) / len(heard)}
         return SteeringPlan([stack(mine) for mine in zip(*rows, strict=True)], self.live.target_, info, Prompts.of(ids))
 
+    def heard(self, prompts: Sequence[Text], reads: Sequence[Text]) -> list[bool]:
+        """Which prompts the gate lets the expert steer."""
+        if self.gate is None:
+            return [True] * len(prompts)
+        return (self.read.gaps(prompts, reads) <= self.gate).tolist()
+
     def for_texts(
-        self, prompts: Sequence[Text], continuations: Sequence[str] | None = None, reads: Sequence[Text] | None = None
+        self,
+        prompts: Sequence[Text],
+        continuations: Sequence[str] | None = None,
+        reads: Sequence[Text] | None = None,
+        heard: Sequence[bool] | None = None,
     ) -> list[SteeringPlan]:
-        """As `LiveExpert.for_texts`; `reads` as in `LiveExpert.plan`."""
-        target = ModelIdentity.of(self.live.target_)
-        return [
-            SteeringPlan(mine, target)
-            for mine in self._vectors(prompts, continuations, prompts if reads is None else reads)
-        ]
+        """As `LiveExpert.for_texts`; `reads` as in `LiveExpert.plan`, and `heard` in the gate's place."""
+        target, reads = ModelIdentity.of(self.live.target_), prompts if reads is None else reads
+        heard = self.heard(prompts, reads) if heard is None else heard
+        return [SteeringPlan(mine, target) for mine in self._vectors(prompts, continuations, reads, heard)]
 
     def generate(
         self,
         prompts: Sequence[Text],
         max_new_tokens: int,
         reads: Sequence[Text] | None = None,
+        heard: Sequence[bool] | None = None,
         *,
         batch_size: int = 32,
         do_sample: bool = False,
     ) -> list[str]:
-        """As `LiveExpert.generate`; `reads` as in `LiveExpert.plan`."""
+        """As `LiveExpert.generate`; `reads` as in `LiveExpert.plan`, and `heard` in the gate's place."""
         from .live_generation import follow
 
         live, prompts = self.live, list(prompts)
@@ -535,8 +604,9 @@ class _Setting:
                 "A TransformerBridge generates outside of nnsight: run its own generate in "
                 "bridge.hooks(fwd_hooks=live.plan([prompt]).to_transformer_lens(bridge)), prompt by prompt."
             )
+        heard = self.heard(prompts, read) if heard is None else heard
         if not live.follow:
-            plan = self.plan(prompts, read)
+            plan = self.plan(prompts, read, heard)
             how: dict[str, Any] = {"batch_size": batch_size, "do_sample": do_sample, "remote": live.remote_target_}
             return completions(live.target_, rollouts(live.target_, prompts, plan, max_new_tokens, **how))
         if do_sample:
@@ -544,13 +614,17 @@ class _Setting:
         made = []
         for i in range(0, len(prompts), batch_size):
             some = slice(i, i + batch_size)
-            made += follow(self, prompts[some], max_new_tokens, read[some])
+            made += follow(self, prompts[some], max_new_tokens, read[some], heard[some])
         return [tokenizer_of(live.target_).decode(row, skip_special_tokens=True) for row in made]
 
     def _vectors(
-        self, prompts: Sequence[Text], continuations: Sequence[str] | None, reads: Sequence[Text]
+        self,
+        prompts: Sequence[Text],
+        continuations: Sequence[str] | None,
+        reads: Sequence[Text],
+        heard: Sequence[bool],
     ) -> list[list[SteeringVector]]:
-        """The vectors of each text, for one row."""
+        """The vectors of each text, for one row; without strength where the expert is not `heard`."""
         if len(reads) != len(prompts):
             raise ValueError(
                 f"The expert needs one text for each of {len(prompts)} prompts, but {len(reads)} were given."
@@ -568,7 +642,7 @@ class _Setting:
             more = continuations if self.live.follow and continuations is not None else [""] * len(prompts)
             for mine, others in zip(found, self._at_shared(prompts, more, reads), strict=True):
                 mine += others
-        return found
+        return [mine if on else [replace(v, strength=0.0) for v in mine] for mine, on in zip(found, heard, strict=True)]
 
     def _at_shared(
         self, prompts: Sequence[Text], continuations: Sequence[str], reads: Sequence[Text]
@@ -639,6 +713,7 @@ class _Header(BaseModel, extra="forbid"):
     format_version: int
     settings: _Settings
     amount: FiniteFloat
+    gate: FiniteFloat | None = None
     aligner: _Aligner | None
     info: dict[str, Any]
     maps: list[_MapHeader] = Field(min_length=1)

@@ -227,6 +227,7 @@ def follow(
     prompts: Sequence[Text],
     max_new_tokens: int,
     reads: Sequence[Text] | None = None,
+    heard: Sequence[bool] | None = None,
     cached: bool = True,
 ) -> list[list[int]]:
     """Greedy continuations of prompts, which the expert reads as they are written: new token ids, without an end token.
@@ -236,6 +237,7 @@ def follow(
         prompts: strings or chat messages.
         max_new_tokens: of each.
         reads: what the expert reads in the prompts' place, before what is written.
+        heard: which prompts it steers; as the gate says if None.
         cached: keep keys and values of both models; without, every step reads everything again.
     """
     live, reads = setting.live, prompts if reads is None else reads
@@ -246,7 +248,8 @@ def follow(
     ends = module.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, (list, tuple)) else [ends])} - {None}
     reader = Reader(live.expert_, [m.expert for m in setting.maps], live.remote_, cached)
-    writer = Writer(live.target_, setting.plan(prompts, reads), ids, live.remote_target_, cached)
+    heard = setting.heard(prompts, reads) if heard is None else heard
+    writer = Writer(live.target_, setting.plan(prompts, reads, heard), ids, live.remote_target_, cached)
     found: list[list[int]] = [[] for _ in prompts]
     open_rows, vectors = set(range(len(prompts))), []
     for _ in range(max_new_tokens):
@@ -259,6 +262,6 @@ def follow(
             break
         texts = [story.read(mine) for story, mine in zip(stories, found, strict=True)]
         states = reader([text for text, _ in texts])
-        on = torch.tensor([row in open_rows and shared for row, (_, shared) in enumerate(texts)], dtype=torch.float32)
+        on = torch.tensor([row in open_rows and shared and heard[row] for row, (_, shared) in enumerate(texts)]).float()
         vectors = [setting.onwards(m, states[m.expert], on) for m in setting.maps]
     return found

@@ -338,7 +338,7 @@ class SteeredLM(_HFLM):
         if self.live is not None:
             used = [self.live.maps_[pair] for pair in self.live.layers_]
             acts = [getattr(self.live, name) for name in ("op", "where", "follow", "follow_op", "follow_amount")]
-            digest.update(repr((list(self.live.layers_), float(self.live.amount_), acts)).encode())
+            digest.update(repr((list(self.live.layers_), float(self.live.amount_), self.live.gate_, acts)).encode())
             for tensor in (t for m in used for t in (m.weight, m.bias, m.mean, m.predictor)):
                 digest.update(tensor.numpy().tobytes())
             return digest.hexdigest()[:16]

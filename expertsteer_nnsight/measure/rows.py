@@ -67,6 +67,12 @@ def log_odds(up: list[int], down: list[int]) -> Reduce:
     return reduce
 
 
+def entropies(logits: Tensor, ids: Tensor) -> list[Tensor]:
+    """Entropy of what comes after the last token, `[row]`, nats. Runs inside the trace."""
+    told = torch.log_softmax(logits[:, -1].float(), -1)
+    return [-(told.exp() * told).sum(-1)]
+
+
 def _shared_states(model: Any, residual: Residual, ids: list[int], layer: int, stop: bool) -> Tensor | None:
     """Output `[1, position, hidden]` of `layer` for one unsteered text, if later layers need nothing else of the earlier.
 

@@ -18,6 +18,7 @@ from sklearn.linear_model import Ridge
 from tiny import ARCHITECTURES, PROMPTS, bridge, build, hooks, tiny
 
 import expertsteer_nnsight as es
+from expertsteer_nnsight.fit import live_expert
 from expertsteer_nnsight.fit.live_controls import AnotherPrompt, Mean, live_arms
 from expertsteer_nnsight.fit.live_expert import LiveExpert
 from expertsteer_nnsight.models.residual import Residual
@@ -453,3 +454,82 @@ def test_a_bridge_is_steered_by_hooks_and_generates_nothing_here(tmp_path):
     live.target_ = wrapped
     with pytest.raises(ValueError, match="generates outside of nnsight"):
         live.generate(PROMPTS, 2)
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+def next_entropies(model, texts):
+    """Entropy of what comes after each text, nats, in plain PyTorch."""
+    with torch.no_grad():
+        logits = [model._module(**model.tokenizer(text, return_tensors="pt")).logits[0, -1] for text in texts]
+    return torch.stack([torch.distributions.Categorical(logits=row).entropy() for row in logits])
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_gate_steers_the_prompts_of_which_the_expert_is_surer(follow):
+    expert, target = tiny("gemma3", bos=True), tiny("llama")
+    gaps = next_entropies(expert, PROMPTS) - next_entropies(target, PROMPTS)
+    gate = float(gaps.double().quantile(0.5))
+    live, free = (live_of(expert, target, follow=follow, gate=g) for g in (gate, None))
+    heard = (gaps <= gate).tolist()
+    assert live.gate_ == gate and 0 < sum(heard) < len(heard)
+    plan = live.plan(PROMPTS)
+    assert [float(x) != 0 for x in plan.vectors[0].strength] == heard
+    assert (
+        plan.info["gate"] == {"nats": gate, "steered": sum(heard) / len(heard)}
+        and "gate" not in free.plan(PROMPTS).info
+    )
+    asked = es.MultipleChoice([(p, (" a dog", " the fox jumps"), n % 2) for n, p in enumerate(PROMPTS)])
+    scores, found = (asked.score(target, [one]) for one in (free, live))
+    torch.testing.assert_close(found[1], torch.where(torch.tensor(heard), scores[1], scores[0]), rtol=1e-4, atol=1e-5)
+    silent = live_of(expert, target, follow=follow, gate=float(gaps.min()) - 1)
+    said = [one.generate(PROMPTS, 4) for one in (live, free, silent)]
+    assert said[0] == [steered if on else alone for on, steered, alone in zip(heard, *said[1:], strict=True)]
+
+
+def test_controls_steer_the_prompts_that_the_gate_lets_through():
+    expert, target = tiny("gemma3", bos=True), tiny("llama")
+    gaps = next_entropies(expert, PROMPTS) - next_entropies(target, PROMPTS)
+    live = live_of(expert, target, gate=float(gaps.double().quantile(0.5)))
+    on = [float(p.vectors[0].strength) != 0 for p in live.for_texts(PROMPTS)]
+    arms = live_arms(live, GENERAL, untrained=1, **FAST)
+    assert {"another prompt", "mean", "untrained, seed 1"} <= set(arms)
+    for name, arm in arms.items():
+        assert [float(p.vectors[0].strength) != 0 for p in arm.for_texts(PROMPTS)] == on, name
+    receipt = live.receipt(QUESTIONS, GENERAL, untrained=1, **FAST)
+    asked = [p for p, _, _ in QUESTIONS.items]
+    through = sum(live._setting().heard(asked, asked))
+    assert f"the gate let the expert steer {through} of {len(asked)} questions" in str(receipt)
+
+
+def test_a_gate_is_chosen_by_what_it_does_to_validation_items(tmp_path):
+    expert, target = tiny("gemma3", bos=True), tiny("llama")
+    live = LiveExpert(gate="validation").fit(expert, target, GENERAL, QUESTIONS, **FAST)
+    free = LiveExpert(layers=live.layers_, amount=live.amount_).fit(expert, target, GENERAL, **FAST)
+    asked = [p for p, _, _ in QUESTIONS.items]
+    gaps = next_entropies(expert, asked) - next_entropies(target, asked)
+    unsteered, steered = QUESTIONS.score(target, [free])
+    means = {
+        g: float(torch.where(gaps <= g + 1e-5, steered, unsteered).mean())
+        for g in [-math.inf, *gaps.tolist(), math.inf]
+    }
+    mine = QUESTIONS.score(target, [live])[1].mean()
+    assert float(mine) >= float(steered.mean()) - 1e-6 and any(
+        float(mine) == pytest.approx(m, abs=1e-5) for m in means.values()
+    )
+    again = LiveExpert.load(live.save(tmp_path / "live.safetensors"), expert, target)
+    assert again.gate_ == live.gate_
+    torch.testing.assert_close(QUESTIONS.score(target, [again])[1].mean(), mine)
+    with pytest.raises(ValueError, match="needs validation items"):
+        LiveExpert(gate="validation").fit(expert, target, GENERAL, **FAST)
+    for wrong in ("surer", math.nan):
+        with pytest.raises(ValueError, match="gate is"):
+            LiveExpert(gate=wrong).fit(expert, target, GENERAL, **FAST)
+
+
+def test_the_best_gate_is_none_where_every_item_gains():
+    gaps, zero = torch.linspace(-1, 1, 10), torch.zeros(10)
+    assert live_expert._best_gate(gaps, zero, torch.ones(10)) is None
+    gate = live_expert._best_gate(gaps, zero, -gaps)  # pays where the expert is surer
+    assert gate is not None and -0.3 < gate < 0.3
