@@ -1,8 +1,9 @@
 """Choice tasks: how much of an expert's lead a live expert passes on, with all of its controls.
 
 For every task where the expert leads on validation items: the maps are fitted on general texts and on training questions with all
-of their options, right and wrong alike; layers and amount are chosen on validation items; two settings that are declared here (the
-last prompt token alone, and with the options) answer the test items once. A line holds the answers of all arms to some items.
+of their options, right and wrong alike; layers, amount and gate are chosen on validation items. Two settings that are declared
+here (the last prompt token alone, and with the options), with the gate and without, answer the test items once. A line holds the
+answers of all arms to some items.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from evidence.live.results import Line, Results
 from evidence.models import PAIRS, model
 from evidence.report import markdown
 from expertsteer_nnsight.fit.live_controls import answered, live_arms
-from expertsteer_nnsight.measure.answers import AnswersReceipt
+from expertsteer_nnsight.measure.answers import REFERENCES, AnswersReceipt
 from recipes.tasks.readers import read
 
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "social_i_qa", "medmcqa", "medqa", "svamp", "mmlu_general",
@@ -79,9 +80,10 @@ def measure(pair: str, task: str, data: Path, results: Results, folder: Path, mo
     cache = folder / f"{pair}-{task}"
     chosen = results.find(**place, stage="chosen")
     if chosen is None:
-        live = es.LiveExpert().fit(expert, target, texts, validation, cache=cache / "every", progress=False)
-        chosen = results.add({**place, "stage": "chosen", "layers": [list(p) for p in live.layers_], "amount": live.amount_,
-                              **live.info_["validation"]})  # fmt: skip
+        live = es.LiveExpert(gate="validation")
+        live.fit(expert, target, texts, validation, cache=cache / "every", progress=False)
+        made = {"layers": [list(p) for p in live.layers_], "amount": live.amount_, "gate": live.gate_}
+        chosen = results.add({**place, "stage": "chosen", **made, **live.info_["validation"]})
     starts = [i for i in range(0, len(test), CHUNK) if results.find(**place, start=i) is None]
     if not starts:
         return
@@ -96,8 +98,11 @@ def measure(pair: str, task: str, data: Path, results: Results, folder: Path, mo
         some = test[start : start + CHUNK]
         if len(some) > 1:
             answers = answered(live, arms, some, progress=False)
-            right = [r for _, _, r in some.items]
-            results.add({**place, "stage": "test", "start": start, "right": right, "answers": answers})
+            right, heard = [r for _, _, r in some.items], None
+            if chosen["gate"] is not None:  # what the gate would have changed is known without asking again
+                prompts = [prompt for prompt, _, _ in some.items]
+                heard = (live._setting().read.gaps(prompts, prompts) <= chosen["gate"]).tolist()
+            results.add({**place, "stage": "test", "start": start, "right": right, "heard": heard, "answers": answers})
 
 
 def receipts(lines: Sequence[Line]) -> dict[tuple[str, str, str], AnswersReceipt]:
@@ -113,8 +118,23 @@ def receipts(lines: Sequence[Line]) -> dict[tuple[str, str, str], AnswersReceipt
         right = [r for line in some for r in line["right"]]
         for setting in SETTINGS:
             mine = {name.removeprefix(f"{setting}: "): given for name, given in answers.items()}
-            found[*key, setting] = AnswersReceipt({k: v for k, v in mine.items() if ": " not in k}, right)
+            mine = {name: given for name, given in mine.items() if ": " not in name}
+            found[*key, setting] = AnswersReceipt(mine, right)
+            if all(line["heard"] is not None for line in some):
+                heard = [on for line in some for on in line["heard"]]
+                found[*key, f"{setting}, gated"] = AnswersReceipt(_gated(mine, heard), right)
     return found
+
+
+def _gated(answers: dict[str, list[int]], heard: Sequence[bool]) -> dict[str, list[int]]:
+    """Answers where the unsteered ones stand at every item that a gate leaves unsteered, in live and in its controls."""
+    unsteered = answers["unsteered"]
+    return {
+        name: given
+        if name in REFERENCES
+        else [own if on else plain for own, plain, on in zip(given, unsteered, heard, strict=True)]
+        for name, given in answers.items()
+    }
 
 
 def tables(lines: Sequence[Line]) -> dict[str, str]:

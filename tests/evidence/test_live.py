@@ -77,6 +77,23 @@ def test_a_study_goes_on_where_it_stopped_and_measures_each_item_once(small, mon
             assert expected == {arm: list(mine[start : start + 5]) for arm, mine in found.answers.items()}
 
 
+def test_a_gate_leaves_the_other_items_to_the_unsteered_target():
+    answers = {"unsteered": [0, 0, 0], "live": [1, 1, 1], "another prompt": [2, 2, 2], "expert alone": [3, 3, 3]}
+    line = {"pair": "p", "task": "t", "stage": "test", "start": 0, "right": [1, 0, 1], "heard": [True, False, True]}
+    line["answers"] = {
+        f"{s}: {n}": a for s in study.SETTINGS for n, a in answers.items() if n in ("live", "another prompt")
+    }
+    line["answers"] |= {"unsteered": answers["unsteered"], "expert alone": answers["expert alone"]}
+    found = study.receipts([line])
+    for setting in study.SETTINGS:
+        assert dict(found["p", "t", setting].answers) == answers
+        gated = dict(found["p", "t", f"{setting}, gated"].answers)
+        assert gated == {**answers, "live": [1, 0, 1], "another prompt": [2, 0, 2]}
+    assert len(found) == 2 * len(study.SETTINGS) and len(study.receipts([{**line, "heard": None}])) == len(
+        study.SETTINGS
+    )
+
+
 def test_no_labelled_answer_is_among_the_anchors_and_no_item_serves_twice(small):
     texts = study.anchors("arc_easy", small / "data")
     asked = study.questions("arc_easy", "train", small / "data", study.TRAINING)
