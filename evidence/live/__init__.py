@@ -1,4 +1,4 @@
-"""The measurement of live experts: choice tasks (`choices`), any text (`texts`), private context (`context`).
+"""The measurement of live experts, in parts: `choices`, `generation`, `texts` and `context`.
 
 `results` keeps their lines in one file; `python -m evidence.live` runs what is missing and draws the page.
 """

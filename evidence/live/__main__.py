@@ -1,4 +1,4 @@
-"""How much of an expert's knowledge a live expert passes on: choice tasks, any text and private context, with controls.
+"""How much of an expert's knowledge a live expert passes on: choice tasks, free answers, any text, private context.
 
 python -m evidence.live --data FOLDER                                   # goes on where it stopped
 python -m evidence.live --redraw --publish docs/live_evidence.md        # the page again, without a model
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from evidence.live import choices, context, texts
+from evidence.live import choices, context, generation, texts
 from evidence.live.results import Results
 from evidence.models import PAIRS
 from evidence.report import filled_with
 
-PARTS = ("choices", "texts", "context")
+PARTS = {"choices": choices, "generation": generation, "texts": texts, "context": context}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the data sets")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="results and activations (%(default)s)")
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--pairs", nargs="*", choices=list(PAIRS), default=list(PAIRS), help="models")
     parser.add_argument("--tasks", nargs="*", choices=choices.TASKS, default=list(choices.TASKS))
     parser.add_argument("--kinds", nargs="*", choices=texts.KINDS, default=list(texts.KINDS), help="of text")
@@ -43,12 +43,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.redraw:
         for pair, task in product(args.pairs, args.tasks if "choices" in args.parts else ()):
             choices.measure(pair, task, args.data, results, args.out / "live_states", args.limit)
+        for pair, task in product(args.pairs, generation.TASKS if "generation" in args.parts else ()):
+            if task in args.tasks:
+                generation.measure(pair, task, args.data, results, args.out / "live_states")
         work = list(product(args.pairs, args.kinds if "texts" in args.parts else ()))
         for pair, kind in tqdm(work, desc="texts", disable=not work):
             texts.measure(pair, kind, args.data, results, args.out / "live_states")
         for pair, kind in product(args.pairs, context.KINDS if "context" in args.parts else ()):
             context.measure(pair, kind, results, args.out / "live_states")
-    made = {name: table for part in (choices, texts, context) for name, table in part.tables(results.lines).items()}
+    made = {name: table for part in PARTS.values() for name, table in part.tables(results.lines).items()}
     print("\n\n".join(f"{name}\n\n{text}" for name, text in made.items()))
     if args.publish:
         page = filled_with(args.publish.read_text(), made)

@@ -12,7 +12,7 @@ from question_sets import write_sets
 
 import expertsteer_nnsight as es
 from evidence.live import choices as study
-from evidence.live import context
+from evidence.live import context, generation
 from evidence.live import texts as text_study
 from evidence.live.__main__ import main
 from evidence.live.results import Results
@@ -225,6 +225,53 @@ def test_a_share_of_the_lead_is_of_bits_a_character():
     assert text_study.share(line, "own") == pytest.approx(0.25) and text_study.share(
         line, "both", below="own"
     ) == pytest.approx(0.25)
+
+
+# -- free answers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (" The plant takes in carbon dioxide.\nQuestion: oxygen", [1]),
+        ("\n\nCarbon Dioxide, not oxygen", [0, 1]),
+        (" monoxide", []),
+        (" 3.5 apples", [3]),
+        (" 35", []),
+        (" heavy water", [5]),
+        ("", []),
+    ],
+)
+def test_an_answer_names_options_as_whole_words_in_its_first_line(answer, expected):
+    assert (
+        generation.named(answer, [" oxygen", " carbon dioxide", " mono", " 3.5", " water", " heavy water"]) == expected
+    )
+
+
+def test_free_answers_are_those_of_the_live_expert_that_the_choice_task_chose(small, monkeypatch):
+    monkeypatch.setattr(generation, "model", study.model)
+    for name, value in {"TEST": 4, "NEW_TOKENS": 5}.items():
+        monkeypatch.setattr(generation, name, value)
+    results = Results(small / "out" / "live.jsonl")
+    generation.measure("gemma-smol", "arc_easy", small / "data", results, small / "states")
+    assert results.lines == []  # nothing was chosen yet
+    chosen = results.add({"version": study.VERSION, "pair": "gemma-smol", "task": "arc_easy", "stage": "chosen",
+                          "layers": [[1, 2]], "amount": 0.5})  # fmt: skip
+    generation.measure("gemma-smol", "arc_easy", small / "data", results, small / "states")
+    line = results.lines[-1]
+    test = study.questions("arc_easy", "test", small / "data", 4)
+    texts = study.anchors("arc_easy", small / "data")
+    for setting, how in generation.SETTINGS.items():
+        live = es.LiveExpert(layers=[(1, 2)], amount=chosen["amount"], **how)
+        said = live.fit(study.model("gemma"), study.model("smol"), texts, progress=False).generate(
+            [p for p, _, _ in test.items], 5
+        )
+        assert line["right"][f"{setting}: live"] == [
+            int(generation.named(s, options) == [right])
+            for s, (_, options, right) in zip(said, test.items, strict=True)
+        ]
+    assert "the prompt: mean" in line["right"] and "and what is written: mean" not in line["right"]
+    assert generation.tables(results.lines)["generation"].count("| gemma-smol | arc_easy |") == 2
 
 
 # -- private context ---------------------------------------------------------------------------------------------------
