@@ -31,7 +31,7 @@ from evidence.models import PAIRS, model
 from evidence.report import filled_with, markdown, told
 from evidence.shares import Table, over
 from evidence.study import Measuring, Results
-from expertsteer_nnsight.align.aligner import ordinary_rows, without_massive
+from expertsteer_nnsight.align.aligner import massive_coordinates, ordinary_rows, without_massive
 from expertsteer_nnsight.align.closed_form import ProcrustesAligner
 from expertsteer_nnsight.match.layer_matching import LayerPair, match_layers
 from expertsteer_nnsight.models.identity import ModelIdentity
@@ -132,10 +132,16 @@ class Grid:
         vectors, steps = defaultdict(list), defaultdict(list)
         for pair in self.pairs:
             x, y = self.anchors(who)[pair.expert][rows], self.anchors(self.target)[pair.target][rows]
-            maps = {None: _fitted(ALIGNERS[aligner], x, y)} if aligner in ALIGNERS else {}
+            maps: dict[Any, Any] = {}  # the same for all concepts, but for what their texts hide of the anchors
             for name in self.concepts:
-                fitted = maps.get(None) or _fitted(ALIGNERS["ridge"], *self._with_others(who, name, pair, x, y))
-                v = fitted.map_direction(self.difference(who, name, pair.expert), "displacement")
+                hidden = massive_coordinates(self.anchors(who)[pair.expert], self.labelled(who, name)[pair.expert])
+                key = name if aligner == REGISTERS else tuple(hidden.tolist())
+                if key not in maps:
+                    mixed = self._with_others(who, name, pair, x, y) if aligner == REGISTERS else (x, y)
+                    maps[key] = _fitted(
+                        ALIGNERS.get(aligner, ALIGNERS["ridge"]), mixed[0].masked_fill(hidden, 0.0), mixed[1]
+                    )
+                v = maps[key].map_direction(self.difference(who, name, pair.expert), "displacement")
                 self._add(vectors[name], steps[name], pair, name, v)
         return {name: SteeringPlan(tuple(vectors[name]), None, {"pairs": steps[name]}) for name in self.concepts}
 
@@ -170,7 +176,6 @@ class Grid:
 
 def _fitted(aligner: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
     """A new aligner like `aligner`, fitted on the rows without massive activations."""
-    (x,) = without_massive(x)
     ordinary = ordinary_rows(x, y)
     made: Any = clone(aligner)
     return made.fit(x[ordinary], y[ordinary])

@@ -2,7 +2,8 @@
 
 The map goes from the expert's activation at a shared token end to the target's negative loss gradient there, a ridge: what is added
 lowers the loss to first order. The same map from the target's own activation is an adapter to the domain without any expert, so
-only what exceeds it is the expert's. Layers, penalty and size are chosen on validation texts; the test texts are read once.
+only what a map of both has beyond one of the own and of an untrained expert's activations is the expert's. Layers, penalty and size
+are chosen on validation texts; the test texts are read once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import expertsteer_nnsight as es
 from evidence.live.results import Line, Results
 from evidence.models import PAIRS, model
 from evidence.report import markdown
-from expertsteer_nnsight.align.aligner import ordinary_rows, without_massive
+from expertsteer_nnsight.align.aligner import massive_coordinates, ordinary_rows
 from expertsteer_nnsight.measure.rows import Encoded
 from expertsteer_nnsight.measure.scoring import likelihoods
 from expertsteer_nnsight.models.identity import ModelIdentity
@@ -40,6 +41,7 @@ from recipes.tasks.readers import read
 KINDS = ("code", "medicine", "finance", "science", "mathematics")
 TRAIN, VALIDATION, TEST, LENGTH = 600, 30, 100, 300  # texts, texts, texts, characters
 EXPERT_DEPTHS, TARGET_DEPTHS = (0.59, 0.88), (0.41, 0.62, 0.76, 0.9, 1.0)
+ARMS = ("expert", "own", "both", "untrained", "own and untrained", "mean")
 ALPHAS, SIZES = (0.1, 1.0, 10.0, 100.0), (0.05, 0.1, 0.2, 0.4)  # relative penalties; shares of the residual norm
 FIRST = (10.0, 0.1)  # of both, while layers are chosen
 VERSION = 1
@@ -264,12 +266,12 @@ class Domain:
         """An arm's map at one pair of layers. Each is fitted once."""
         key = (arm, e if arm != "own" else 0, t, alpha)
         if key not in self.kept:
-            who = {"untrained": "untrained"}.get(arm, "expert")
+            who = "untrained" if "untrained" in arm else "expert"
             x = None if arm in ("own", "mean") else self.states(who, "train")[e]
             own = self.states("target", "train")[t]
-            h = own if arm in ("own", "both") else None
+            h = own if arm in ("own", "both", "own and untrained") else None
             slope, norm = self.slopes[t], float(own.norm(dim=1).median())
-            x = None if x is None else without_massive(x)[0]
+            x, h = (None if side is None else side.masked_fill(massive_coordinates(side), 0.0) for side in (x, h))
             keep = ordinary_rows(own if x is None else x, own)
             x, h = (None if side is None else side[keep] for side in (x, h))
             self.kept[key] = fitted(x, h, slope[keep], norm, t, alpha)
@@ -281,7 +283,7 @@ class Domain:
         columns, found = self.texts[split].columns(self.target), []
         starts = np.cumsum([0, *map(len, columns)])
         maps = [self.map(arm, e, t, alpha) for e, t in layers]
-        xs = self.states("untrained" if arm == "untrained" else "expert", split)
+        xs = self.states("untrained" if "untrained" in arm else "expert", split)
         for i, at in enumerate(columns):
             j = (i + shift) % len(columns)
             rows = np.arange(len(at)) % len(columns[j]) + starts[j]  # begins again where the other text is shorter
@@ -320,7 +322,7 @@ def measure(pair: str, kind: str, data: Path, results: Results, folder: Path) ->
     if results.find(**place) is not None:
         return
     domain = Domain(pair, kind, data, folder)
-    settings = {arm: domain.chosen(arm) for arm in ("expert", "own", "both", "untrained", "mean")}
+    settings = {arm: domain.chosen(arm) for arm in ARMS}
     arms = {arm: domain.steering(arm, "test", setting) for arm, setting in settings.items()}
     # the same maps, the expert reading another text
     arms |= {f"{arm}, another text": domain.steering(arm, "test", settings[arm], shift=7) for arm in ("expert", "both")}
@@ -366,6 +368,7 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
         "own",
         "both",
         "both, another text",
+        "own and untrained",
         "mean",
     )
     body, shares = [], []
@@ -373,11 +376,16 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
         body.append([line["pair"], line["kind"], *(f"{rate(line, arm):.4f}" for arm in order)])
         if rate(line, "expert alone") < rate(line, "unsteered"):
             shown = [with_interval(line, lambda x, p, a=arm: share(x, a, p)) for arm in ("expert", "own", "both")]
-            beyond = with_interval(line, lambda x, p: share(x, "both", p, "own"))
-            shares.append([line["pair"], line["kind"], *shown, beyond])
+            # further features help a map a little, whosever they are
+            beyond = [
+                with_interval(line, lambda x, p, a=arm: share(x, "both", p, a)) for arm in ("own", "own and untrained")
+            ]
+            shares.append([line["pair"], line["kind"], *shown, *beyond])
     return {
         "text": markdown(["models", "text", *order], body),
-        "text shares": markdown(["models", "text", "expert", "own", "both", "both - own"], shares),
+        "text shares": markdown(
+            ["models", "text", "expert", "own", "both", "both - own", "both - (own and untrained)"], shares
+        ),
     }
 
 

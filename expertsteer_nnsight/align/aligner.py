@@ -30,6 +30,8 @@ from .linear import Kind, chain, check_kind
 A = TypeVar("A", bound="Aligner")
 MASSIVE = 5.0  # median norms: no ordinary activation is longer
 MASSIVE_COORDINATE = 2.0  # median norms: no ordinary coordinate is further from its median, anywhere
+RARE = 1e-3  # of the anchors: so few rows with a massive coordinate are left out by themselves
+CONCENTRATED = 1 / 8  # of the width: over how many coordinates a row with a massive one is spread at most
 
 
 def ordinary_rows(*sides: Float[Tensor, "anchor _"]) -> Bool[Tensor, " anchor"]:
@@ -45,20 +47,48 @@ def ordinary_rows(*sides: Float[Tensor, "anchor _"]) -> Bool[Tensor, " anchor"]:
     return torch.stack([(n <= MASSIVE * n.median()).cpu() for n in norms]).all(0)
 
 
-def without_massive(anchors: Float[Tensor, "anchor hidden"], *more: Float[Tensor, "_ hidden"]) -> list[Tensor]:
-    """Activations with zeros in the coordinates that are massive anywhere in them: a map and a direction leave these out.
+def massive_coordinates(
+    anchors: Float[Tensor, "anchor hidden"], labelled: Float[Tensor, "text hidden"] | None = None
+) -> Bool[Tensor, " hidden"]:
+    """The coordinates that hold massive activations: most models have none, and some have two or three.
+
+    It takes one labelled text, or one in a thousand anchors: where fewer have them, `ordinary_rows` leaves out those. A row
+    counts if few coordinates hold nearly all of it (a participation ratio below an eighth of the width), so that one which is
+    large everywhere counts nothing.
+
+    Args:
+        anchors: activations of one layer; the median norm of their rows is the unit.
+        labelled: activations of this layer that a direction is found in.
+    """
+    wide = anchors.float()
+    center, unit = wide.median(0).values, wide.norm(dim=1).median()
+
+    def counts(states: Tensor) -> Tensor:
+        squares = (states.float() - center).square()
+        spread = squares.sum(1).square() / squares.square().sum(1)
+        few = spread < CONCENTRATED * states.shape[1]  # never of a row that is not finite, which the fit refuses
+        return ((squares > (MASSIVE_COORDINATE * unit) ** 2) & few[:, None]).sum(0)
+
+    found = counts(anchors) > RARE * len(anchors)
+    return found if labelled is None else found | (counts(labelled) > 0).to(found.device)
+
+
+def without_massive(
+    anchors: Float[Tensor, "anchor hidden"], labelled: Float[Tensor, "text hidden"]
+) -> tuple[Float[Tensor, "anchor hidden"], Float[Tensor, "text hidden"]]:
+    """Both with zeros in the massive coordinates: a map and a direction leave these out.
 
     A model keeps its massive activations in a few coordinates, the same for all texts (Sun et al., 2024, arXiv 2402.17762). At a
     full stop they may have any size from none to many times the rest, and a difference of means is then mostly theirs, and noise.
 
     Args:
-        anchors: of one layer; the median norm of their rows is the unit.
-        more: other activations of this layer, such as those of labelled texts.
+        anchors: as in `massive_coordinates`.
+        labelled: the same.
     """
-    center, unit = anchors.median(0).values, anchors.norm(dim=1).median()
-    sides = [anchors, *more]
-    massive = torch.stack([(x - center).abs().amax(0) > MASSIVE_COORDINATE * unit for x in sides]).any(0)
-    return [x.masked_fill(massive, 0.0) for x in sides] if bool(massive.any()) else sides
+    massive = massive_coordinates(anchors, labelled)
+    if not bool(massive.any()):
+        return anchors, labelled
+    return anchors.masked_fill(massive, 0.0), labelled.masked_fill(massive.to(labelled.device), 0.0)
 
 
 class Aligner(TransformerMixin, BaseEstimator):

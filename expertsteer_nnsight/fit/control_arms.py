@@ -120,7 +120,7 @@ def _permuted(
     """`steer.plan_` with the directions that come of shuffled anchor pairs; each draw shuffles all layers alike."""
     by_pair: list[Any] = []  # [draw, d_target] for each layer pair
     for pair, aligner, found in zip(steer.pairs_, steer.aligners_, steer.directions_, strict=True):
-        anchors, mine = without_massive(expert_anchors[pair.expert], x[pair.expert])
+        anchors, mine = without_massive(expert_anchors[pair.expert], torch.as_tensor(x[pair.expert]))
         y = target_anchors[pair.target]
         ordinary = ordinary_rows(anchors, y)
         anchors, y = anchors[ordinary], y[ordinary]

@@ -396,7 +396,7 @@ class ExpertSteer(BaseEstimator):
         text_of = torch.tensor(getattr(target_anchors, "text_of", None) or range(len(target_anchors[pairs[0].target])))
         aligners, directions, vectors, steps = [], [], [], []
         for pair in pairs:
-            anchors, x = without_massive(expert_anchors[pair.expert], labelled[pair.expert])
+            anchors, x = without_massive(expert_anchors[pair.expert], torch.as_tensor(labelled[pair.expert]))
             y = target_anchors[pair.target]
             aligner: Any = clone(self.aligner if self.aligner is not None else RidgeAligner())
             if "random_state" in aligner.get_params():
@@ -419,7 +419,7 @@ class ExpertSteer(BaseEstimator):
             score = None if math.isnan(pair.score) else pair.score
             own = None if labelled_target is None else labelled_target[pair.target]
             steps.append({"expert_layer": pair.expert, "target_layer": pair.target, "score": score, "held_out_r2": r2,
-                          "native_cosine": self._native_cosine(v, own, labels, groups, y[rows]),
+                          "native_cosine": self._native_cosine(v, own, labels, groups, y, rows),
                           "method": found.method, "space": found.space, **found.details})  # fmt: skip
         expert = getattr(labelled, "model", getattr(expert_anchors, "model", None))
         info = {
@@ -431,7 +431,7 @@ class ExpertSteer(BaseEstimator):
         return aligners, directions, SteeringPlan(tuple(vectors), target_anchors.model, info)
 
     def _native_cosine(
-        self, v: Tensor, own: Tensor | None, labels: Any, groups: Any, target_anchors: Tensor
+        self, v: Tensor, own: Tensor | None, labels: Any, groups: Any, target_anchors: Tensor, ordinary: Tensor
     ) -> float | None:
         """Cosine of a vector with the direction that the same method finds in the target's `own` states; None without one."""
         if own is None:
@@ -441,11 +441,12 @@ class ExpertSteer(BaseEstimator):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
-                _, own = without_massive(target_anchors, own)
+                _, own = without_massive(target_anchors, torch.as_tensor(own))
                 found = find_direction(own, labels, self.direction, self.kind, groups, self.random_state, folds=0)
         except unusable:
             return None
-        unmapped = native_aligner(self.aligner).fit(target_anchors, target_anchors)
+        usual = target_anchors[ordinary]
+        unmapped = native_aligner(self.aligner).fit(usual, usual)
         native = torch.as_tensor(unmapped.map_direction(found.vector, found.space))
         return float(torch.cosine_similarity(v.double().cpu(), native.double().cpu().reshape(-1, len(v))[0], dim=0))
 

@@ -26,7 +26,7 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..align.aligner import Aligner, ordinary_rows, without_massive
+from ..align.aligner import Aligner, massive_coordinates, ordinary_rows
 from ..align.closed_form import CovarianceAligner, IdentityAligner, ProcrustesAligner, RidgeAligner
 from ..files import library_versions, whole_file
 from ..measure.answers import AnswersReceipt
@@ -278,7 +278,9 @@ class LiveExpert(BaseEstimator):
         return sorted({(at(e, expert), at(t, target)) for e, t in product(*DEPTHS)})
 
     def _fitted(self, pair: tuple[int, int], expert: Activations, target: Activations) -> LiveMap:
-        (x,), y = without_massive(expert[pair[0]]), target[pair[1]]
+        x, y = expert[pair[0]], target[pair[1]]
+        massive = massive_coordinates(x)  # a prompt may end where they are, so the map has no weight for them
+        x = x.masked_fill(massive, 0.0)
         rows = ordinary_rows(x, y)
         x, y = x[rows], y[rows]
         if len(x) < 2:
@@ -292,10 +294,11 @@ class LiveExpert(BaseEstimator):
                 f"{type(aligner).__name__} is no affine map: a live expert needs one, such as RidgeAligner()."
             )
         mapped = torch.as_tensor(aligner.transform(x))
+        weight = aligner.coef_.masked_fill(massive[:, None].to(aligner.coef_.device), 0.0)  # not every aligner's is
         own = RidgeAligner().fit(y, mapped)
         predictor = torch.cat([own.coef_, own.intercept_[None]])
         return LiveMap(
-            *pair, aligner.coef_.float().cpu(), aligner.intercept_.float().cpu(), mapped.double().mean(0).float().cpu(),
+            *pair, weight.float().cpu(), aligner.intercept_.float().cpu(), mapped.double().mean(0).float().cpu(),
             target.norm(pair[1]), predictor.float().cpu(), r2,
         )  # fmt: skip
 
