@@ -197,7 +197,15 @@ def above_table(table: Table, pair: str) -> str:
             [title, ", ".join(gaps), told(mean[0]), f"{mean[1]:.3f}", *(", ".join(x) or "none" for x in (above, below))]
         )
     return markdown(
-        ["concepts", "", "mean of expert - native, nats", "p (above 0)", "above native", "below native"], body
+        [
+            "concepts",
+            "which",
+            "mean of expert - native, nats",
+            "p (above 0)",
+            "by its own interval above native",
+            "below native",
+        ],
+        body,
     )
 
 

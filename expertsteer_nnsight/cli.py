@@ -276,13 +276,17 @@ def live_fit(
     remote_target: RemoteTarget = None,
 ) -> None:
     """Fit the maps from the expert to the target on unlabelled texts."""
+    if gate and validation is None:
+        raise typer.BadParameter(
+            "needs --validation: the items there choose how sure the expert must be", param_hint="--gate"
+        )
     held_out = None if validation is None else _questions_of(validation)
     models = _model_of(expert, remote_expert), _model_of(target, remote_target)
     made = es.LiveExpert(follow=follow, gate="validation" if gate else None, random_state=seed)
     made.fit(*models, _anchors_of(anchors), held_out, cache=cache, **_remotes_of(remote_expert, remote_target))
     r2 = {pair: "" if made.maps_[pair].r2 is None else f" (R² {made.maps_[pair].r2:.2f})" for pair in made.layers_}
     layers = ", ".join(f"{e}>{t}{r2[e, t]}" for e, t in made.layers_)
-    through = "" if made.gate_ is None else f", gate {made.gate_:.2f} nats"
+    through = f", gate {made.gate_:.2f} nats" if made.gate_ is not None else ", no gate pays" if gate else ""
     typer.echo(f"Layers {layers}, amount {made.amount_:g}{through}.\nWrote {made.save(out)}.")
 
 

@@ -37,18 +37,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--redraw", action="store_true", help="measure nothing, take the results that are there")
     args = parser.parse_args(argv)
-    if not args.redraw and args.data is None:
+    if not args.redraw and args.data is None and set(args.parts) != {"context"}:
         parser.error("--data is missing: name the folder of the data sets.")
-    results = Results(args.out / "live.jsonl")
+    results, data = Results(args.out / "live.jsonl"), args.data or Path()
     if not args.redraw:
         for pair, task in product(args.pairs, args.tasks if "choices" in args.parts else ()):
-            choices.measure(pair, task, args.data, results, args.out / "live_states", args.limit)
+            choices.measure(pair, task, data, results, args.out / "live_states", args.limit)
         for pair, task in product(args.pairs, generation.TASKS if "generation" in args.parts else ()):
             if task in args.tasks:
-                generation.measure(pair, task, args.data, results, args.out / "live_states")
+                generation.measure(pair, task, data, results, args.out / "live_states")
         work = list(product(args.pairs, args.kinds if "texts" in args.parts else ()))
         for pair, kind in tqdm(work, desc="texts", disable=not work):
-            texts.measure(pair, kind, args.data, results, args.out / "live_states")
+            texts.measure(pair, kind, data, results, args.out / "live_states")
         for pair, kind in product(args.pairs, context.KINDS if "context" in args.parts else ()):
             context.measure(pair, kind, results, args.out / "live_states")
     made = {name: table for part in PARTS.values() for name, table in part.tables(results.lines).items()}

@@ -129,7 +129,7 @@ def measure(pair: str, kind: str, results: Results, folder: Path) -> None:
     live = es.LiveExpert()
     effect = Private(asked(validation), [s for s, *_ in validation])
     live.fit(expert, target, anchors, effect, cache=cache / "every", progress=False)
-    layers, amount = live.layers_, live.amount_
+    layers, amount, tried = live.layers_, live.amount_, live.info_["validation"]
     before = [s for s, *_ in test]
     arms: dict[str, Any] = {}
     for setting, how in SETTINGS.items():
@@ -148,7 +148,7 @@ def measure(pair: str, kind: str, results: Results, folder: Path) -> None:
     for name, who in (("expert alone", expert), ("target with the sentence", target)):
         answers[name] = [int(x[0].argmax()) for x in asked(test, True).options(who, [], progress=False)]
     results.add({**place, "layers": [list(p) for p in layers], "amount": amount, "right": [r for *_, r in test],
-                 "answers": answers, "validation": live.info_.get("validation")})  # fmt: skip
+                 "answers": answers, "validation": tried})  # fmt: skip
 
 
 def tables(lines: Sequence[Line]) -> dict[str, str]:

@@ -33,10 +33,12 @@ def named(answer: str, options: Sequence[str]) -> list[int]:
     """Which options the first line of an answer names, as whole words."""
 
     def words(text: str) -> str:
-        return f" {' '.join(re.findall(r'[a-z0-9]+(?:[.][0-9]+)?', text.lower()))} "
+        found = re.findall(r"-?\d[\d,]*(?:\.\d+)?|[^\W\d_]+", text.lower())
+        told = [str(float(w.replace(",", ""))) if w[-1].isdigit() or w[-1] == "," else w for w in found]
+        return f" {' '.join(told)} "
 
     line = words(next((line for line in answer.splitlines() if line.strip()), ""))
-    found = [i for i, option in enumerate(options) if words(option) in line]
+    found = [i for i, option in enumerate(options) if words(option).strip() and words(option) in line]
     # an option within another one that is named too is not meant
     return [i for i in found if not any(i != j and words(options[i]) in words(options[j]) for j in found)]
 

@@ -211,10 +211,12 @@ class SamePrompts:
     def __init__(self, live: LiveExpert, control: LiveExpert) -> None:
         self.live, self.control = live, control
 
-    def for_texts(self, prompts: Sequence[Text], continuations: Sequence[str] | None = None) -> list[SteeringPlan]:
+    def for_texts(
+        self, prompts: Sequence[Text], continuations: Sequence[str] | None = None, reads: Sequence[Text] | None = None
+    ) -> list[SteeringPlan]:
         """As `LiveExpert.for_texts`."""
-        heard = self.live._setting().heard(prompts, prompts)
-        return self.control._setting().for_texts(prompts, continuations, None, heard)
+        heard = self.live._setting().heard(prompts, prompts if reads is None else reads)
+        return self.control._setting().for_texts(prompts, continuations, reads, heard)
 
     def generate(self, prompts: Sequence[Text], max_new_tokens: int) -> list[str]:
         """As `LiveExpert.generate`."""

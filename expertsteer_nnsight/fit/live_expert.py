@@ -110,8 +110,8 @@ class LiveExpert(BaseEstimator):
         follow: the expert reads on: what a scored option says, or what the target writes, at shared ends too.
         follow_op: what is done there.
         follow_amount: and how much of it.
-        gate: steer only prompts of which the expert is surer than the target: where its next-token entropy less the target's is at
-            most so many nats. "validation": the number is chosen on the validation items. None steers every prompt.
+        gate: steer only prompts after which the expert's next-token entropy less the target's is at most so many nats; at 0 the
+            expert is the surer one. "validation": the validation items choose the number, or none. None steers every prompt.
         anchor_ends: at how many shared token ends an anchor is read; all of them if None.
         random_state: seed of the choice of these.
 
@@ -135,7 +135,7 @@ class LiveExpert(BaseEstimator):
         follow: bool = False,
         follow_op: str = "innovation",
         follow_amount: float = 0.5,
-        gate: float | str | None = None,
+        gate: float | int | str | None = None,
         anchor_ends: int | None = None,
         random_state: int = 0,
     ) -> None:
@@ -253,9 +253,9 @@ class LiveExpert(BaseEstimator):
                 raise ValueError(f'{name} is {value!r}: it must be "blend", "innovation" or "add".')
         if self.where not in ("last_prompt", "shared_ends"):
             raise ValueError(f'where is {self.where!r}: it must be "last_prompt" or "shared_ends".')
-        if isinstance(self.gate, str) and self.gate != "validation":
+        if isinstance(self.gate, bool) or (isinstance(self.gate, str) and self.gate != "validation"):
             raise ValueError(f'gate is {self.gate!r}: it must be a number of nats, "validation" or None.')
-        gate = None if self.gate == "validation" else self.gate
+        gate = None if isinstance(self.gate, str) else self.gate
         for name, value in (("amount", self.amount), ("follow_amount", self.follow_amount), ("gate", gate)):
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} is {value}: it must be a finite number.")
@@ -303,10 +303,11 @@ class LiveExpert(BaseEstimator):
         )  # fmt: skip
 
     def _choose(self, candidates: list[tuple[int, int]], validation: Effect | None, progress: bool) -> None:
-        """Sets `layers_`, `amount_` and `validation_`: the layers first, then the amount there."""
+        """Sets `layers_`, `amount_`, `gate_` and `validation_`: the layers first, then the amount there, then the gate."""
         together = [list(candidates)] if self.layers is not None else [[pair] for pair in candidates]
         self.layers_, self.amount_ = together[0], 1.0 if self.amount is None else float(self.amount)
-        self.gate_ = None if self.gate is None or self.gate == "validation" else float(self.gate)
+        self.gate_ = None if self.gate is None or isinstance(self.gate, str) else float(self.gate)
+        self._entropy: dict[str, float] = {}
         self.validation_: list[tuple[list[tuple[int, int]], float, float]] = []
         if validation is None:
             return
@@ -314,7 +315,7 @@ class LiveExpert(BaseEstimator):
 
         def tried(settings: list[tuple[list[tuple[int, int]], float]]) -> None:
             nonlocal unsteered
-            steering = [_Setting(reading, *setting) for setting in settings]
+            steering = [_Setting(reading, *setting, self.gate_) for setting in settings]
             every = validation.score(self.target_, steering, remote=self.remote_target_, progress=progress).double()
             scores, unsteered = every.mean(1), float(every[0].mean())
             by_item.update({str(setting): (every[0], mine) for setting, mine in zip(settings, every[1:], strict=True)})
@@ -328,7 +329,6 @@ class LiveExpert(BaseEstimator):
         asked = _prompts_of(validation) or []
         if self.gate == "validation":
             self.gate_ = _best_gate(reading.gaps(asked, asked), *by_item[str((self.layers_, self.amount_))])
-            self.info_["gate"] = self.gate_
         self.info_["validation"] = {
             "prompts": sorted({texts_hash([prompt]) for prompt in asked}),
             "items": len(validation), "unit": validation.unit, "unsteered": unsteered,
@@ -484,6 +484,7 @@ class LiveExpert(BaseEstimator):
             mine: dict[str, Any] = {**m.model_dump(), **{name: tensors[f"{i}.{name}"] for name in TENSORS}}
             live.maps_[m.expert, m.target] = LiveMap(**mine)
         live.layers_, live.amount_, live.gate_, live.validation_ = layers, header.amount, header.gate, []
+        live._entropy = {}
         live.info_, live._batch_size = header.info, None
         live.expert_, live.target_, live.remote_, live.remote_target_ = expert, target, remote_expert, remote_target
         for model, name in ((expert, "expert"), (target, "target")):
@@ -501,11 +502,15 @@ def _prompts_of(effect: Any) -> list[Text] | None:
 
 
 def _best_gate(gaps: Tensor, unsteered: Tensor, steered: Tensor) -> float | None:
-    """The gate with the highest mean score, from scores `[item]` without and with; None if steering every item is as good."""
-    best, found = float(steered.mean()), None
+    """The gate that raises the mean score most, from scores `[item]` without and with.
+
+    None unless it does so by two standard errors: of nine gates that do nothing the best one looks good.
+    """
+    best, found = 0.0, None
     for gate in sorted({float(torch.quantile(gaps.double(), q)) for q in GATES}):
-        mean = float(torch.where(gaps <= gate, steered, unsteered).mean())
-        if mean > best:
+        gain = torch.where(gaps <= gate, 0.0, unsteered - steered).double()
+        mean, error = float(gain.mean()), float(gain.std()) / math.sqrt(len(gain))
+        if mean > max(best, 2 * error):
             best, found = mean, gate
     return found
 
@@ -516,7 +521,6 @@ class _Read:
     def __init__(self, live: LiveExpert) -> None:
         self.live = live
         self.known: dict[str, Activations] = {}
-        self.entropy: dict[tuple[str, str], float] = {}
 
     def gaps(self, prompts: Sequence[Text], reads: Sequence[Text]) -> Tensor:
         """Entropy of the expert's next token less that of the target's, `[prompt]`, nats."""
@@ -524,13 +528,18 @@ class _Read:
         return expert - self._entropies("target", self.live.target_, prompts, self.live.remote_target_)
 
     def _entropies(self, who: str, model: Any, texts: Sequence[Text], remote: Any) -> Tensor:
-        keys = [(who, json.dumps(text)) for text in texts]
-        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.entropy}
+        if type(model._module).__name__ == "TransformerBridge":
+            raise ValueError(
+                "A gate reads next-token entropies, which a TransformerBridge does not give here: take gate=None."
+            )
+        known = self.live._entropy  # of the live expert, so that its controls do not read again
+        keys = [f"{who} {texts_hash([text])}" for text in texts]
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
         if new:
             read = encoded(model, list(new.values()))
             found = in_rows(model, [], read, [1] * len(read), entropies, remote=remote)
-            self.entropy.update({key: float(value[0]) for key, (value,) in zip(new, found, strict=True)})
-        return torch.tensor([self.entropy[key] for key in keys])
+            known.update({key: float(value[0]) for key, (value,) in zip(new, found, strict=True)})
+        return torch.tensor([known[key] for key in keys])
 
     def __call__(self, texts: Sequence[Text], ends: Sequence[Sequence[int]] | None = None) -> Activations:
         """Activations at the end of each text, and at its `ends` before."""

@@ -238,13 +238,19 @@ def test_a_share_of_the_lead_is_of_bits_a_character():
         (" monoxide", []),
         (" 3.5 apples", [3]),
         (" 35", []),
+        (" 3.50, or so", [3]),
         (" heavy water", [5]),
         ("", []),
+        (" it is 1,200.", [6]),
+        (" 200", []),
     ],
 )
 def test_an_answer_names_options_as_whole_words_in_its_first_line(answer, expected):
     assert (
-        generation.named(answer, [" oxygen", " carbon dioxide", " mono", " 3.5", " water", " heavy water"]) == expected
+        generation.named(
+            answer, [" oxygen", " carbon dioxide", " mono", " 3.5", " water", " heavy water", " 1200", " °"]
+        )
+        == expected
     )
 
 

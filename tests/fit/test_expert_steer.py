@@ -12,7 +12,7 @@ from sklearn.base import clone
 from tiny import PROMPTS, build, tiny
 
 import expertsteer_nnsight as es
-from expertsteer_nnsight.align.aligner import without_massive
+from expertsteer_nnsight.align.aligner import massive_coordinates, without_massive
 from expertsteer_nnsight.directions.find import find_direction
 from expertsteer_nnsight.fit.control_arms import control_arms
 from expertsteer_nnsight.models.identity import ModelIdentity
@@ -125,6 +125,37 @@ def test_ordinary_activations_stay_as_they_are():
     labelled, _, e, _, _ = planted()
     anchors, x = without_massive(e[1], labelled[1])
     assert anchors is e[1] and x is labelled[1]
+    # nor does a row that is large everywhere, a few rare anchors, a small width or a value that is not finite hide any
+    g = torch.Generator().manual_seed(0)
+    wide = torch.randn(5000, 64, generator=g)
+    loud, rare, broken = wide.clone(), wide.clone(), wide.clone()
+    loud[0] *= 200
+    rare[:3, 7] = 500.0
+    broken[0, 3] = float("inf")
+    for states in (wide, loud, rare, broken, torch.randn(5000, 4, generator=g)):
+        assert not massive_coordinates(states).any()
+    assert not massive_coordinates(wide, loud[:200]).any()
+    assert massive_coordinates(wide, rare[:200]).nonzero().flatten().tolist() == [7]
+    rare[:20, 7] = 500.0
+    assert massive_coordinates(rare).nonzero().flatten().tolist() == [7]
+    assert massive_coordinates((1e3 * rare).clamp(-6e4, 6e4).half()).nonzero().flatten().tolist() == [
+        7
+    ]  # norms beyond float16
+
+
+def test_the_targets_own_direction_leaves_out_its_massive_coordinates_too():
+    labelled, y, e, t, truth = planted()
+    own, spoilt = own_states(t, truth, y), own_states(t, truth, y)
+    sizes = torch.rand(len(y), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    spoilt[2][:, 3] += 50 * t[2].norm(dim=1).median() * sizes
+    steer = es.ExpertSteer.recommended(layers=[(1, 2)])
+    for states in (own, spoilt):
+        steer.fit_activations(labelled, y, e, t, labelled_target=states)
+        native = control_arms(steer, labelled, y, e, t, labelled_target=states, draws=0)["native"]
+        assert abs(cosine(native.vectors[0].direction, truth[2])) > 0.9
+        cosines = steer.plan_.info["pairs"][0]["native_cosine"]
+        assert cosines == pytest.approx(cosine(steer.plan_.vectors[0].direction, native.vectors[0].direction), abs=1e-5)
+    assert float(native.vectors[0].direction[3]) == 0.0
 
 
 @pytest.mark.parametrize("preset", ["recommended", "in_domain"])

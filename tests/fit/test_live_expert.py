@@ -523,9 +523,16 @@ def test_a_gate_is_chosen_by_what_it_does_to_validation_items(tmp_path):
     torch.testing.assert_close(QUESTIONS.score(target, [again])[1].mean(), mine)
     with pytest.raises(ValueError, match="needs validation items"):
         LiveExpert(gate="validation").fit(expert, target, GENERAL, **FAST)
-    for wrong in ("surer", math.nan):
+    for wrong in ("surer", math.nan, True):
         with pytest.raises(ValueError, match="gate is"):
             LiveExpert(gate=wrong).fit(expert, target, GENERAL, **FAST)
+
+
+def test_a_gate_that_does_nothing_is_seldom_chosen():
+    gen = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(3, 150, generator=gen) for _ in range(200))
+    chosen = [live_expert._best_gate(gaps, a, b) is not None for gaps, a, b in drawn]
+    assert np.mean(chosen) < 0.2
 
 
 def test_the_best_gate_is_none_where_every_item_gains():
