@@ -124,7 +124,8 @@ class ExpertSteer(BaseEstimator):
     def recommended(cls, **changes: Any) -> ExpertSteer:
         """What we measured to work: ridge on anchors read at seven places each, the five most similar layer pairs, mean difference.
 
-        Chosen on the tuning concepts of `docs/evidence.md`. Give it some hundred generic anchors, none of them a labelled text.
+        Chosen on the tuning concepts of `docs/evidence.md`, where it has 0.98 of the target's own effect (median of the reported
+        concepts), and 0.86 with 300 anchors. Give it some hundred generic anchors, none of them a labelled text.
         """
         preset = {"aligner": RidgeAligner(), "anchor_ends": 6, "score": "mutual_knn", "n_pairs": 5}
         return cls(**{**preset, **changes})
