@@ -31,7 +31,7 @@ from evidence.models import PAIRS, model
 from evidence.report import filled_with, markdown, told
 from evidence.shares import Table, over
 from evidence.study import Measuring, Results
-from expertsteer_nnsight.align.aligner import massive_coordinates, ordinary_rows, without_massive
+from expertsteer_nnsight.align.aligner import massive_coordinates, ordinary_rows
 from expertsteer_nnsight.align.closed_form import ProcrustesAligner
 from expertsteer_nnsight.match.layer_matching import LayerPair, match_layers
 from expertsteer_nnsight.models.identity import ModelIdentity
@@ -122,9 +122,17 @@ class Grid:
 
     def difference(self, who: str, name: str, layer: int) -> torch.Tensor:
         """Mean difference of a concept's labelled texts, a unit vector."""
-        labels = [1, 0] * (self.labelled(who, name).n_texts // 2)
-        _, states = without_massive(self.anchors(who)[layer], self.labelled(who, name)[layer])
-        return es.find_direction(states, labels, "mean_difference", folds=0).vector
+        return self._read_once(who, name, layer)[1]
+
+    def _read_once(self, who: str, name: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The massive coordinates of a concept's texts and of the anchors, and the mean difference without them."""
+        if (who, name, layer) not in self.kept:
+            states = self.labelled(who, name)[layer]
+            massive = massive_coordinates(self.anchors(who)[layer], states)
+            labels = [1, 0] * (len(states) // 2)
+            found = es.find_direction(states.masked_fill(massive, 0.0), labels, "mean_difference", folds=0)
+            self.kept[who, name, layer] = massive, found.vector
+        return self.kept[who, name, layer]
 
     def plans(self, who: str, setting: Setting) -> dict[str, SteeringPlan]:
         """A plan for each concept, of `who` in the expert's place."""
@@ -134,14 +142,14 @@ class Grid:
             x, y = self.anchors(who)[pair.expert][rows], self.anchors(self.target)[pair.target][rows]
             maps: dict[Any, Any] = {}  # the same for all concepts, but for what their texts hide of the anchors
             for name in self.concepts:
-                hidden = massive_coordinates(self.anchors(who)[pair.expert], self.labelled(who, name)[pair.expert])
+                hidden, difference = self._read_once(who, name, pair.expert)
                 key = name if aligner == REGISTERS else tuple(hidden.tolist())
                 if key not in maps:
                     mixed = self._with_others(who, name, pair, x, y) if aligner == REGISTERS else (x, y)
                     maps[key] = _fitted(
                         ALIGNERS.get(aligner, ALIGNERS["ridge"]), mixed[0].masked_fill(hidden, 0.0), mixed[1]
                     )
-                v = maps[key].map_direction(self.difference(who, name, pair.expert), "displacement")
+                v = maps[key].map_direction(difference, "displacement")
                 self._add(vectors[name], steps[name], pair, name, v)
         return {name: SteeringPlan(tuple(vectors[name]), None, {"pairs": steps[name]}) for name in self.concepts}
 

@@ -265,10 +265,10 @@ def live_fit(
     target: Annotated[str, typer.Argument(help="the model to steer")],
     out: Annotated[Path, typer.Option(dir_okay=False, help="where to write it")] = Path("live.safetensors"),
     anchors: Anchors = None,
-    validation: Annotated[Path | None, _file(f"{_ROWS}: layers and amount are chosen on them")] = None,
+    validation: Annotated[Path | None, _file(f"{_ROWS}: layers, amount and gate are chosen on them")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="read options, and what the target writes, too")] = False,
     gate: Annotated[
-        bool, typer.Option("--gate", help="steer only prompts of which the expert is surer; needs --validation")
+        bool, typer.Option("--gate", help="steer only prompts of which the expert is sure enough; needs --validation")
     ] = False,
     cache: Cache = None,
     seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
@@ -278,7 +278,7 @@ def live_fit(
     """Fit the maps from the expert to the target on unlabelled texts."""
     if gate and validation is None:
         raise typer.BadParameter(
-            "needs --validation: the items there choose how sure the expert must be", param_hint="--gate"
+            "needs --validation, whose items choose how sure the expert must be", param_hint="--gate"
         )
     held_out = None if validation is None else _questions_of(validation)
     models = _model_of(expert, remote_expert), _model_of(target, remote_target)

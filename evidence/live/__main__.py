@@ -1,7 +1,9 @@
 """How much of an expert's knowledge a live expert passes on: choice tasks, free answers, any text, private context.
 
-python -m evidence.live --data FOLDER                                   # goes on where it stopped
-python -m evidence.live --redraw --publish docs/live_evidence.md        # the page again, without a model
+    python -m evidence.live --data FOLDER                                   # goes on where it stopped
+    python -m evidence.live --redraw --publish docs/live_evidence.md        # the page again, without a model
+
+Each part adds its lines to one file, and measures none twice.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
-from evidence.live.results import Line, Results
+from evidence.live.results import Line, Results, of_setting
 from evidence.models import PAIRS, model
 from evidence.report import markdown
 from expertsteer_nnsight.fit.live_controls import answered, live_arms
@@ -117,8 +117,7 @@ def receipts(lines: Sequence[Line]) -> dict[tuple[str, str, str], AnswersReceipt
         answers = {arm: [a for line in some for a in line["answers"][arm]] for arm in some[0]["answers"]}
         right = [r for line in some for r in line["right"]]
         for setting in SETTINGS:
-            mine = {name.removeprefix(f"{setting}: "): given for name, given in answers.items()}
-            mine = {name: given for name, given in mine.items() if ": " not in name}
+            mine = of_setting(answers, setting)
             found[*key, setting] = AnswersReceipt(mine, right)
             if all(line["heard"] is not None for line in some):
                 heard = [on for line in some for on in line["heard"]]
@@ -151,7 +150,7 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
         gain = made.comparisons["unsteered"]
         share = "" if made.share is None else "{:.2f} [{:.2f}, {:.2f}]".format(*made.share)
         shown = [f"{made.hits(arm).mean():.3f}" for arm in ("unsteered", "live", "expert alone", "ensemble")]
-        least = max(made.controls, key=lambda arm: made.comparisons[arm]["holm"])
+        least = made.nearest(made.controls)
         worst = made.comparisons[least]
         body.append([
             pair, task, setting, str(len(made.right)), *shown,

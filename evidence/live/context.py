@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 import expertsteer_nnsight as es
-from evidence.live.results import Line, Results
+from evidence.live.results import Line, Results, of_setting
 from evidence.models import PAIRS, model
 from evidence.report import markdown
 from expertsteer_nnsight.fit.live_controls import live_arms
@@ -158,18 +158,13 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
         if line.get("stage") != "context":
             continue
         for setting in SETTINGS:
-            mine = {name.removeprefix(f"{setting}: "): a for name, a in line["answers"].items()}
+            mine = of_setting(line["answers"], setting)
             references = ("expert alone", "target with the sentence")
-            arms = {name: a for name, a in mine.items() if ": " not in name and name not in references}
-            receipt = AnswersReceipt(arms, line["right"])
-            told = {
-                name: float(np.mean(np.array(a) == np.array(line["right"])))
-                for name, a in mine.items()
-                if ": " not in name
-            }
+            receipt = AnswersReceipt({name: a for name, a in mine.items() if name not in references}, line["right"])
+            told = {name: float(np.mean(np.array(a) == np.array(line["right"]))) for name, a in mine.items()}
             seeds = ", ".join(f"{told[name]:.3f}" for name in told if name.startswith("untrained"))
             gain = receipt.comparisons["unsteered"]
-            worst = max(("unsteered", *receipt.controls), key=lambda arm: receipt.comparisons[arm]["holm"])
+            worst = receipt.nearest(("unsteered", *receipt.controls))
             body.append([
                 line["pair"], line["kind"], setting, str(len(line["right"])),
                 *(f"{told[name]:.3f}" for name in ("unsteered", "live", "another sentence", "no sentence")), seeds,
@@ -178,5 +173,5 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
                 f"{receipt.comparisons[worst]['holm']:.2g} ({worst})",
             ])  # fmt: skip
     header = ["models", "places", "setting", "n", "unsteered", "live", "another sentence", "no sentence", "untrained",
-              "expert with the sentence", "target with the sentence", "live - unsteered", "largest p"]  # fmt: skip
+              "expert with the sentence", "target with the sentence", "live - unsteered", "p of the nearest arm"]  # fmt: skip
     return {"context": markdown(header, body)}

@@ -16,7 +16,7 @@ import numpy as np
 import expertsteer_nnsight as es
 from evidence.live.choices import VERSION as CHOICES
 from evidence.live.choices import anchors, questions
-from evidence.live.results import Line, Results
+from evidence.live.results import Line, Results, of_setting
 from evidence.models import PAIRS, model
 from evidence.report import markdown
 from expertsteer_nnsight.fit.live_controls import live_arms
@@ -76,11 +76,10 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
     body = []
     for line in (line for line in lines if line.get("stage") == "generation"):
         for setting in SETTINGS:
-            mine = {name.removeprefix(f"{setting}: "): hits for name, hits in line["right"].items()}
-            mine = {name: hits for name, hits in mine.items() if ": " not in name}
+            mine = of_setting(line["right"], setting)
             receipt = AnswersReceipt(mine, [1] * line["n"])
             gain = receipt.comparisons["unsteered"]
-            least = max(receipt.controls, key=lambda arm: receipt.comparisons[arm]["holm"])
+            least = receipt.nearest(receipt.controls)
             body.append([
                 line["pair"], line["task"], setting, str(line["n"]),
                 *(f"{np.mean(mine[name]):.3f}" for name in ("unsteered", "live", "expert alone")),

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from recipes.domain_tables import read_lines
 
 Line = dict[str, Any]
+
+
+def of_setting(arms: Mapping[str, Any], setting: str) -> dict[str, Any]:
+    """The arms of one setting by their own names, and those that all settings share; "SETTING: NAME" is one of a setting."""
+    mine = {name.removeprefix(f"{setting}: "): found for name, found in arms.items()}
+    return {name: found for name, found in mine.items() if ": " not in name}
 
 
 class Results:

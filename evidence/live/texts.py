@@ -264,7 +264,7 @@ class Domain:
 
     def map(self, arm: str, e: int, t: int, alpha: float) -> Map:
         """An arm's map at one pair of layers. Each is fitted once."""
-        key = (arm, e if arm != "own" else 0, t, alpha)
+        key = (arm, 0 if arm in ("own", "mean") else e, t, alpha)
         if key not in self.kept:
             who = "untrained" if "untrained" in arm else "expert"
             x = None if arm in ("own", "mean") else self.states(who, "train")[e]

@@ -65,9 +65,13 @@ def massive_coordinates(
 
     def counts(states: Tensor) -> Tensor:
         squares = (states.float() - center).square()
-        spread = squares.sum(1).square() / squares.square().sum(1)
-        few = spread < CONCENTRATED * states.shape[1]  # never of a row that is not finite, which the fit refuses
-        return ((squares > (MASSIVE_COORDINATE * unit) ** 2) & few[:, None]).sum(0)
+        far = squares > (MASSIVE_COORDINATE * unit) ** 2
+        rows = far.any(1)
+        mine, far = squares[rows], far[rows]
+        few = (
+            mine.sum(1).square() / mine.square().sum(1) < CONCENTRATED * states.shape[1]
+        )  # never of a row that is not finite
+        return (far & few[:, None]).sum(0)
 
     found = counts(anchors) > RARE * len(anchors)
     return found if labelled is None else found | (counts(labelled) > 0).to(found.device)

@@ -21,7 +21,7 @@ from ..texts.texts import Text, as_texts, texts_hash
 
 if TYPE_CHECKING:
     from ..measure.scoring import ByText
-    from .live_expert import LiveExpert
+    from .live_expert import LiveExpert, _Setting
 
 TOLD = "A colleague answered the next question with:{answer}\n\n"
 LATER = 0.13  # of the target's depth: how far behind the edited layer the target's own activation is taken
@@ -100,7 +100,7 @@ def live_arms(
     Raises:
         ValueError: other anchors than those of the fit, or a live expert from a file whose aligner the file does not keep.
     """
-    live._setting()
+    setting = live._setting()  # its gate is read once for all of them
     texts = as_texts(anchors)
     if live.info_.get("data", {}).get("anchors_hash") != texts_hash(texts):
         raise ValueError("The live expert was fitted on other anchors than these: give those that it was made of.")
@@ -120,7 +120,7 @@ def live_arms(
         folders = (None, None) if folder is None else (folder / name, folder / "target")
         how = {"batch_size": live._batch_size, "remote_target": live.remote_target_, "progress": progress}
         made._fit(reader, live.target_, texts, ends, folders, remote_expert=remote, **how)
-        return made if live.gate_ is None else SamePrompts(live, made)
+        return made if live.gate_ is None else SamePrompts(setting, made)
 
     for seed in range(1, untrained + 1):
         arms[f"untrained, seed {seed}"] = refitted(
@@ -204,23 +204,23 @@ class SamePrompts:
     """A control that steers the prompts that a live expert's gate lets through, so that both steer the same ones.
 
     Args:
-        live: a fitted one with a gate.
+        setting: of a fitted one with a gate.
         control: another one without.
     """
 
-    def __init__(self, live: LiveExpert, control: LiveExpert) -> None:
-        self.live, self.control = live, control
+    def __init__(self, setting: _Setting, control: LiveExpert) -> None:
+        self.setting, self.control = setting, control
 
     def for_texts(
         self, prompts: Sequence[Text], continuations: Sequence[str] | None = None, reads: Sequence[Text] | None = None
     ) -> list[SteeringPlan]:
         """As `LiveExpert.for_texts`."""
-        heard = self.live._setting().heard(prompts, prompts if reads is None else reads)
+        heard = self.setting.heard(prompts, prompts if reads is None else reads)
         return self.control._setting().for_texts(prompts, continuations, reads, heard)
 
     def generate(self, prompts: Sequence[Text], max_new_tokens: int) -> list[str]:
         """As `LiveExpert.generate`."""
-        heard = self.live._setting().heard(prompts, prompts)
+        heard = self.setting.heard(prompts, prompts)
         return self.control._setting().generate(prompts, max_new_tokens, None, heard)
 
 

@@ -307,7 +307,6 @@ class LiveExpert(BaseEstimator):
         together = [list(candidates)] if self.layers is not None else [[pair] for pair in candidates]
         self.layers_, self.amount_ = together[0], 1.0 if self.amount is None else float(self.amount)
         self.gate_ = None if self.gate is None or isinstance(self.gate, str) else float(self.gate)
-        self._entropy: dict[str, float] = {}
         self.validation_: list[tuple[list[tuple[int, int]], float, float]] = []
         if validation is None:
             return
@@ -484,7 +483,6 @@ class LiveExpert(BaseEstimator):
             mine: dict[str, Any] = {**m.model_dump(), **{name: tensors[f"{i}.{name}"] for name in TENSORS}}
             live.maps_[m.expert, m.target] = LiveMap(**mine)
         live.layers_, live.amount_, live.gate_, live.validation_ = layers, header.amount, header.gate, []
-        live._entropy = {}
         live.info_, live._batch_size = header.info, None
         live.expert_, live.target_, live.remote_, live.remote_target_ = expert, target, remote_expert, remote_target
         for model, name in ((expert, "expert"), (target, "target")):
@@ -521,6 +519,7 @@ class _Read:
     def __init__(self, live: LiveExpert) -> None:
         self.live = live
         self.known: dict[str, Activations] = {}
+        self.entropy: dict[str, float] = {}
 
     def gaps(self, prompts: Sequence[Text], reads: Sequence[Text]) -> Tensor:
         """Entropy of the expert's next token less that of the target's, `[prompt]`, nats."""
@@ -532,14 +531,13 @@ class _Read:
             raise ValueError(
                 "A gate reads next-token entropies, which a TransformerBridge does not give here: take gate=None."
             )
-        known = self.live._entropy  # of the live expert, so that its controls do not read again
         keys = [f"{who} {texts_hash([text])}" for text in texts]
-        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.entropy}
         if new:
             read = encoded(model, list(new.values()))
             found = in_rows(model, [], read, [1] * len(read), entropies, remote=remote)
-            known.update({key: float(value[0]) for key, (value,) in zip(new, found, strict=True)})
-        return torch.tensor([known[key] for key in keys])
+            self.entropy.update({key: float(value[0]) for key, (value,) in zip(new, found, strict=True)})
+        return torch.tensor([self.entropy[key] for key in keys])
 
     def __call__(self, texts: Sequence[Text], ends: Sequence[Sequence[int]] | None = None) -> Activations:
         """Activations at the end of each text, and at its `ends` before."""

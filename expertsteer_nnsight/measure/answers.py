@@ -95,6 +95,11 @@ class AnswersReceipt:
                 self._found[name]["holm"] = p
         return self._found
 
+    def nearest(self, arms: Sequence[str]) -> str:
+        """The one of some arms that live is least shown to exceed: one that it does not exceed, then by Holm's p."""
+        found = self.comparisons
+        return max(arms, key=lambda name: (found[name]["difference"] <= 0, found[name]["holm"]))
+
     @property
     def share(self) -> tuple[float, float, float] | None:
         """(live - unsteered) / (expert alone - unsteered) with its 95 % interval (bootstrap).
@@ -148,9 +153,8 @@ class AnswersReceipt:
         elif self.transferred:
             said = "the expert's knowledge of the prompt reached the target"
         else:
-            tested = {name: self.comparisons[name] for name in ("unsteered", *self.controls)}
-            worst = max(tested, key=lambda name: (tested[name]["difference"] <= 0, tested[name]["holm"]))
-            found = tested[worst]
+            worst = self.nearest(("unsteered", *self.controls))
+            found = self.comparisons[worst]
             said = (
                 f"no transfer is shown: live less {worst} is {found['difference']:+.3f} [{found['low']:+.3f}, "
                 f"{found['high']:+.3f}], p = {found['holm']:.2g}"

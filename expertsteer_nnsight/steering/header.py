@@ -137,7 +137,7 @@ class PlanHeader:
             aligner = str(self.info.get("settings", {}).get("aligner", ""))
             if found and max(found) < WEAK_R2 and not aligner.startswith("CovarianceAligner"):
                 lines.append(
-                    f"  the aligner predicts next to nothing of held-out anchors (R² below {WEAK_R2}): give some hundred"
+                    f"  the aligner predicts next to nothing of held-out anchors (R² below {WEAK_R2}): give some hundred of them"
                 )
             cosines = [p["native_cosine"] for p in pairs if p.get("native_cosine") is not None]
             if cosines and sum(cosines) < WEAK_COSINE * len(cosines):

@@ -300,19 +300,22 @@ def test_the_expert_alone_reads_the_sentence(small, monkeypatch):
         monkeypatch.setattr(context, name, value)
     named = {"gemma": functools.partial(tiny.tiny, "gemma3", bos=True), "smol": functools.partial(tiny.tiny, "llama")}
     monkeypatch.setattr(context, "model", lambda name: named[name]())
-    live = es.LiveExpert(layers=[(1, 2)]).fit(named["gemma"](), named["smol"](), STORIES, progress=False)
+    # an expert without a sliding window, which would hide the sentence from the last token
+    live = es.LiveExpert(layers=[(1, 2)]).fit(tiny.tiny("gpt2"), named["smol"](), STORIES, progress=False)
     some = context.splits("known places")["test"]
     reads = context.Reads(live, [s for s, *_ in some])
     asked = [(q, o) for _, q, options, _ in some for o in options]
     plans = reads.for_texts(*zip(*asked, strict=True))
     for number, (sentence, question, options, _) in enumerate(some):
         expected = live.plan([question], reads=[sentence + question]).vectors[0].direction[0]
+        assert not torch.allclose(expected, live.plan([question]).vectors[0].direction[0], rtol=1e-3)
         for plan in plans[number * len(options) : (number + 1) * len(options)]:
             torch.testing.assert_close(plan.vectors[0].direction, expected)
     results = Results(small / "out" / "live.jsonl")
     context.measure("gemma-smol", "known places", results, small / "states")
     (line,) = results.lines
     arms = {"live", "another sentence", "no sentence", "untrained, seed 1"}
+    assert line["validation"]["items"] == 3 and len(line["validation"]["settings"]) > 2
     assert {name.split(": ")[1] for name in line["answers"] if ": " in name} == arms and len(line["right"]) == 5
     monkeypatch.setattr(context, "splits", lambda kind: pytest.fail("measured again"))
     context.measure("gemma-smol", "known places", Results(small / "out" / "live.jsonl"), small / "states")

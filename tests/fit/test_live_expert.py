@@ -454,6 +454,9 @@ def test_a_bridge_is_steered_by_hooks_and_generates_nothing_here(tmp_path):
     live.target_ = wrapped
     with pytest.raises(ValueError, match="generates outside of nnsight"):
         live.generate(PROMPTS, 2)
+    live.gate_ = 0.0
+    with pytest.raises(ValueError, match="TransformerBridge does not give here: take gate=None"):
+        live.plan(PROMPTS[:1])
 
 
 # -- the gate ----------------------------------------------------------------------------------------------------------
@@ -471,7 +474,8 @@ def test_a_gate_steers_the_prompts_of_which_the_expert_is_surer(follow):
     expert, target = tiny("gemma3", bos=True), tiny("llama")
     gaps = next_entropies(expert, PROMPTS) - next_entropies(target, PROMPTS)
     gate = float(gaps.double().quantile(0.5))
-    live, free = (live_of(expert, target, follow=follow, gate=g) for g in (gate, None))
+    how = {"follow": follow, "follow_amount": 20.0}  # so much that following shows in what is written
+    live, free = (live_of(expert, target, gate=g, **how) for g in (gate, None))
     heard = (gaps <= gate).tolist()
     assert live.gate_ == gate and 0 < sum(heard) < len(heard)
     plan = live.plan(PROMPTS)
@@ -483,8 +487,9 @@ def test_a_gate_steers_the_prompts_of_which_the_expert_is_surer(follow):
     asked = es.MultipleChoice([(p, (" a dog", " the fox jumps"), n % 2) for n, p in enumerate(PROMPTS)])
     scores, found = (asked.score(target, [one]) for one in (free, live))
     torch.testing.assert_close(found[1], torch.where(torch.tensor(heard), scores[1], scores[0]), rtol=1e-4, atol=1e-5)
-    silent = live_of(expert, target, follow=follow, gate=float(gaps.min()) - 1)
-    said = [one.generate(PROMPTS, 4) for one in (live, free, silent)]
+    silent = live_of(expert, target, gate=float(gaps.min()) - 1, **how)
+    said = [one.generate(PROMPTS, 8) for one in (live, free, silent)]
+    assert not follow or any(steered != alone for on, steered, alone in zip(heard, *said[1:], strict=True) if not on)
     assert said[0] == [steered if on else alone for on, steered, alone in zip(heard, *said[1:], strict=True)]
 
 
