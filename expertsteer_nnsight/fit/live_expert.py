@@ -523,13 +523,17 @@ class _Read:
 
     def gaps(self, prompts: Sequence[Text], reads: Sequence[Text]) -> Tensor:
         """Entropy of the expert's next token less that of the target's, `[prompt]`, nats."""
-        expert = self._entropies("expert", self.live.expert_, reads, self.live.remote_)
-        return expert - self._entropies("target", self.live.target_, prompts, self.live.remote_target_)
+        target = self._entropies("target", self.live.target_, prompts, self.live.remote_target_)
+        return self.expert_entropies(reads) - target
+
+    def expert_entropies(self, reads: Sequence[Text]) -> Tensor:
+        """Entropy of the expert's next token after each text, `[text]`, nats."""
+        return self._entropies("expert", self.live.expert_, reads, self.live.remote_)
 
     def _entropies(self, who: str, model: Any, texts: Sequence[Text], remote: Any) -> Tensor:
         if type(model._module).__name__ == "TransformerBridge":
             raise ValueError(
-                "A gate reads next-token entropies, which a TransformerBridge does not give here: take gate=None."
+                "A gate and an ensemble read next-token entropies, which a TransformerBridge does not give here: take gate=None."
             )
         keys = [f"{who} {texts_hash([text])}" for text in texts]
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.entropy}
