@@ -9,11 +9,10 @@ again without a model. No text of a data set is written.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import expertsteer_nnsight as es
 from evidence.arms import base, factors, few, widened
 from evidence.cell import Arm, Cell
 from evidence.concepts import FACTORED, OPENINGS, REPORTING, Data, concept, generic
+from evidence.lines import Line, Lines
 from evidence.models import PAIRS, States, model
 from expertsteer_nnsight.measure.calibration import either_sign, neutral_tokens
 from expertsteer_nnsight.measure.effects import Effect
@@ -44,7 +44,6 @@ OTHERS = {"items": 32, "draws": 5, "anchors": 500}  # at most, for the pairs aft
 START = 0.2  # first strength of a calibration, median residual norms
 VERSION = 6  # of what is measured: lines of another one are refused
 DOSE = ("strength", "kl_p95", "met", "nll", "nll_unsteered")
-Line = dict[str, Any]
 
 
 @contextmanager
@@ -64,25 +63,15 @@ def halves() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-class Results:
-    """Lines of results; what is there is not measured again.
+class Results(Lines):
+    """Lines of results, of which each is one measurement.
 
     Args:
         path: of the JSON lines; made if it is missing.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines: list[Line] = []
-        text = path.read_text() if path.exists() else ""
-        for line in text.splitlines():
-            with suppress(json.JSONDecodeError):  # cut off while it was written
-                self.lines.append(json.loads(line))
-        whole = "".join(json.dumps(line) + "\n" for line in self.lines)
-        if whole != text:
-            path.with_suffix(".new").write_text(whole)
-            path.with_suffix(".new").replace(path)
+        super().__init__(path)
         self.keys = {self.key(line) for line in self.lines}
 
     def check(self, pair: str, settings: str) -> None:
@@ -107,9 +96,7 @@ class Results:
 
     def add(self, lines: list[Line]) -> None:
         """Writes lines at once."""
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self.lines += lines
+        self.write(lines)
         self.keys |= {self.key(line) for line in lines}
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from recipes.domain_tables import read_lines
-
-Line = dict[str, Any]
+from evidence.lines import Line, Lines
 
 
 def of_setting(arms: Mapping[str, Any], setting: str) -> dict[str, Any]:
@@ -18,17 +14,8 @@ def of_setting(arms: Mapping[str, Any], setting: str) -> dict[str, Any]:
     return {name: found for name, found in mine.items() if ": " not in name}
 
 
-class Results:
-    """A file of JSON lines.
-
-    Args:
-        path: of the file; made if it is missing.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines: list[Line] = read_lines(path)
+class Results(Lines):
+    """Lines that are found by any of their values."""
 
     def find(self, **place: Any) -> Line | None:
         """The line of a place."""
@@ -36,7 +23,5 @@ class Results:
 
     def add(self, line: Line) -> Line:
         """Writes a line at once."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.lines.append(line)
+        self.write([line])
         return line

@@ -213,7 +213,9 @@ class SteeredLM(_HFLM):
                     )
             prompts.append(prompt)
             continuations.append(more)
-        return live.for_texts(prompts, continuations, self._reads([names[0] for names, *_ in requests], live))
+        reads = self._reads([names[0] for names, *_ in requests], live)
+        # a gate reads the target too: a chat's messages, since its written template would begin with `<bos>` twice
+        return live.for_texts(reads if self._chats else prompts, continuations, reads)
 
     def _reads(self, contexts: Sequence[str], live: LiveExpert) -> list[Any]:
         """What the expert reads: a chat in its own template where lm-eval wrote it in the target's."""
@@ -293,7 +295,8 @@ class SteeredLM(_HFLM):
             reads = self._reads(self._strings, self.live)
             if self.live.follow:
                 return self._followed(self.live, context, options, reads)
-            plans = self.live.for_texts([text.rstrip() or text for text in self._strings], None, reads)
+            prompts = [text.rstrip() or text for text in self._strings]
+            plans = self.live.for_texts(reads if self._chats else prompts, None, reads)
             steered = stack_plans(plans).attach(self.nn_model)
         with (
             torch.no_grad(),

@@ -361,6 +361,31 @@ def test_a_live_expert_reads_a_chat_in_its_own_template():
         lm.loglikelihood(requests("loglikelihood", [(text, " a dog")]), disable_tqdm=True)
 
 
+def test_a_gate_reads_a_chat_once_with_its_special_tokens():
+    expert, target = tiny.tiny("llama"), tiny.tiny("gemma3", bos=True)  # whose template begins with what it prepends
+    live = es.LiveExpert(layers=[(2, 1)], gate=0.0).fit(expert, target, GENERAL, progress=False)
+    chats = [[{"role": "user", "content": c}] for c in CONTEXTS if c]
+    gaps = live._setting().read.gaps(chats, chats)
+    live.gate_ = float(gaps.double().quantile(0.5))
+    heard = (gaps <= live.gate_).tolist()
+    assert len(set(heard)) == 2
+
+    def said(made):
+        lm = ours(target, live=made)
+        asked = [(lm.apply_chat_template(chat), " a dog") for chat in chats]
+        found = [value for value, _ in lm.loglikelihood(requests("loglikelihood", asked), disable_tqdm=True)]
+        until = [(text, {"until": ["</s>"], "max_gen_toks": 4}) for text, _ in asked]
+        return found, lm.generate_until(requests("generate_until", until), disable_tqdm=True)
+
+    gated = said(live)
+    live.gate_ = None
+    free, unsteered = said(live), said(None)
+    for mine, steered, alone in zip(gated, free, unsteered, strict=True):
+        expected = [s if on else a for on, s, a in zip(heard, steered, alone, strict=True)]
+        assert mine == (expected if isinstance(mine[0], str) else pytest.approx(expected, abs=1e-3))
+    assert free[0] != pytest.approx(unsteered[0], abs=1e-2)
+
+
 def test_plans_that_differ_in_what_they_predict_differ_in_a_request_cache():
     model, g = tiny.tiny("llama"), torch.Generator().manual_seed(1)
     hashes = set()
