@@ -50,8 +50,8 @@ def test_a_stream_in_two_parts_is_one_output():
     assert kinds(notebook(result)) != kinds(parts)
 
 
-def test_there_are_five():
-    assert [path.name[0] for path in NOTEBOOKS] == ["1", "2", "3", "4", "5"]
+def test_there_are_six():
+    assert [path.name[0] for path in NOTEBOOKS] == ["1", "2", "3", "4", "5", "6"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
