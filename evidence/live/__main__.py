@@ -16,12 +16,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from evidence.live import choices, context, generation, texts
+from evidence.live import choices, context, factors, generation, texts
 from evidence.live.results import Results
 from evidence.models import PAIRS
 from evidence.report import filled_with
 
-PARTS = {"choices": choices, "generation": generation, "texts": texts, "context": context}
+PARTS = {"choices": choices, "factors": factors, "generation": generation, "texts": texts, "context": context}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.redraw:
         for pair, task in product(args.pairs, args.tasks if "choices" in args.parts else ()):
             choices.measure(pair, task, data, results, args.out / "live_states", args.limit)
+        for pair, task in product(args.pairs, factors.TASKS if "factors" in args.parts else ()):
+            if task in args.tasks:
+                factors.measure(pair, task, data, results, args.out / "live_states")
         for pair, task in product(args.pairs, generation.TASKS if "generation" in args.parts else ()):
             if task in args.tasks:
                 generation.measure(pair, task, data, results, args.out / "live_states")

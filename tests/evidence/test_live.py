@@ -12,7 +12,7 @@ from question_sets import write_sets
 
 import expertsteer_nnsight as es
 from evidence.live import choices as study
-from evidence.live import context, generation
+from evidence.live import context, factors, generation
 from evidence.live import texts as text_study
 from evidence.live.__main__ import main
 from evidence.live.results import Results
@@ -225,6 +225,43 @@ def test_a_share_of_the_lead_is_of_bits_a_character():
     assert text_study.share(line, "own") == pytest.approx(0.25) and text_study.share(
         line, "both", below="own"
     ) == pytest.approx(0.25)
+
+
+# -- factors -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_level_is_measured_once_on_items_that_served_for_nothing_else(small, monkeypatch):
+    monkeypatch.setattr(factors, "model", study.model)
+    small_sets = {"general texts alone": (10, 0, True), "questions without options": (4, 3, False)}
+    changed = {"GENERAL": 10, "TRAINING": 6, "SCREENED": 12, "ITEMS": 6, "ANCHORS": small_sets}
+    for name, value in changed.items():
+        monkeypatch.setattr(factors, name, value)
+    monkeypatch.setitem(factors.SETTINGS, "aligner", {"ridge of rank 8": {"aligner": es.RidgeAligner(max_rank=8)}})
+    measured(small, ["arc_easy"])
+    results = Results(small / "out" / "live.jsonl")
+    items = factors.held_out("arc_easy", small / "data")
+    served = {p for p, _, _ in study.screened("arc_easy", small / "data").items}
+    served |= {p for p, _, _ in study.questions("arc_easy", "train", small / "data", study.TRAINING).items}
+    assert len(items) == 6 and not served & {p for p, _, _ in items.items}
+    factors.measure("gemma-smol", "arc_easy", small / "data", results, small / "out" / "states")
+    found = {(line["factor"], line["level"]): line for line in results.lines if line["stage"] == "factor"}
+    levels = sum(map(len, factors.SETTINGS.values())) + 2 + len(small_sets)
+    assert len(found) == levels == sum(line["stage"] == "factor" for line in results.lines)
+    chosen = results.find(stage="chosen")
+    texts = factors.anchors("arc_easy", small / "data", 4, 3, False)
+    asked = [p for p, _, _ in study.questions("arc_easy", "train", small / "data", 3).items]
+    assert texts == es.example("general")[:4] + asked
+    kept = {"layers": [tuple(p) for p in chosen["layers"]], "amount": chosen["amount"]}
+    for place, settings, read in (
+        (("anchors", "questions without options"), {}, texts),
+        (("follow", "blend, 0.5"), {"follow": True, "follow_op": "blend"}, study.anchors("arc_easy", small / "data")),
+    ):
+        live = es.LiveExpert(**kept, **settings).fit(*map(study.model, ("gemma", "smol")), read, progress=False)
+        scores = items.options(study.model("smol"), [live], progress=False)
+        assert found[place]["answers"]["live"] == [int(x[1].argmax()) for x in scores]
+    assert "| arc_easy | follow | blend, 0.5 | 6 |" in factors.tables(results.lines)["factors"]
+    monkeypatch.setattr(es.LiveExpert, "fit", lambda *a, **k: pytest.fail("measured again"))
+    factors.measure("gemma-smol", "arc_easy", small / "data", results, small / "out" / "states")
 
 
 # -- free answers ------------------------------------------------------------------------------------------------------
