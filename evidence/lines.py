@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from recipes.domain_tables import read_lines
+from expertsteer_nnsight.files import whole_file
 
 Line = dict[str, Any]
 
@@ -22,7 +23,14 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines: list[Line] = read_lines(path)
+        self.lines: list[Line] = []
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines():
+            with suppress(json.JSONDecodeError):  # cut off while it was written
+                self.lines.append(json.loads(line))
+        whole = "".join(json.dumps(line) + "\n" for line in self.lines)
+        if whole != text:
+            whole_file(path, lambda to: to.write_text(whole))
 
     def write(self, lines: Iterable[Line]) -> None:
         """Adds lines, in the file at once."""

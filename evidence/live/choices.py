@@ -92,7 +92,8 @@ def measure(pair: str, task: str, data: Path, results: Results, folder: Path, mo
     for setting, how in SETTINGS.items():
         live = es.LiveExpert(layers=layers, amount=chosen["amount"], **how)
         live.fit(expert, target, texts, cache=cache / "one", progress=False)
-        mine = {"live": live, **live_arms(live, texts, cache=cache / "controls", progress=False)}
+        read = live._setting()  # once for the live expert and its controls
+        mine = {"live": read, **live_arms(live, texts, cache=cache / "controls", progress=False, setting=read)}
         arms |= {f"{setting}: {name}": arm for name, arm in mine.items()}
     for start in tqdm(starts, desc=f"{pair}, {task}"):
         some = test[start : start + CHUNK]

@@ -1,7 +1,8 @@
 """What raises a live expert's effect: one factor at a time, from the setting that the choice task chose.
 
 Measured on training questions of the task that are neither anchors nor validation items, so that no test item is spent. Each
-level has its own control: the same live expert reading another item's prompt.
+level has its own control: the same live expert reading another item's prompt. Layers and amount are the base's wherever they are
+not the factor, which favours the base.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 ANCHORS: dict[str, tuple[int, int, bool]] = {  # general texts, questions, with their options
     "general texts alone": (GENERAL, 0, True),
     "questions alone": (0, TRAINING, True),
-    "questions without options": (GENERAL, TRAINING, False),
+    "as many texts of questions without options": (GENERAL, 4 * TRAINING, False),
     "50 questions": (GENERAL, TRAINING // 4, True),
     "twice as many questions": (GENERAL, 2 * TRAINING, True),
     "1000 general texts": (1000, TRAINING, True),
@@ -62,7 +63,7 @@ def anchors(task: str, data: Path, general: int, asked: int, options: bool) -> l
 
 def held_out(task: str, data: Path) -> es.MultipleChoice:
     """Training questions beyond those that are anchors or tell whether the expert leads."""
-    start = max(2 * TRAINING, TRAINING + SCREENED)
+    start = max(TRAINING + SCREENED, *(asked for _, asked, _ in ANCHORS.values()))
     return questions(task, "train", data, start + ITEMS)[start:]
 
 
@@ -80,9 +81,14 @@ def measure(pair: str, task: str, data: Path, results: Results, folder: Path) ->
     def fitted(change: dict[str, Any], texts: list[str], where: str) -> es.LiveExpert:
         return es.LiveExpert(**{**base, **change}).fit(expert, target, texts, cache=cache / where, progress=False)
 
-    others = chosen["settings"]  # the best first
-    pairs = [tuple(map(tuple, layers)) for layers, *_ in others]
-    several = {f"{n} pairs": {"layers": list(dict.fromkeys(p for each in pairs for p in each))[:n]} for n in (2, 3)}
+    best: dict[int, tuple[int, int]] = {}  # of each target layer, the best pair first
+    for ((e, t),), *_ in chosen["settings"]:
+        best.setdefault(t, (e, t))
+    several = {
+        f"{n} pairs": {"layers": list(best.values())[:n], "amount": chosen["amount"] / n}
+        for n in (2, 3)
+        if n <= len(best)
+    }
     work: list[tuple[str, str, Callable[[], es.LiveExpert]]] = [
         (factor, level, lambda c=change, f=factor, n=level: fitted(c, usual, _folder(f, n)))
         for factor, levels in {**SETTINGS, "layers": several}.items()

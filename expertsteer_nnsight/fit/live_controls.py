@@ -58,14 +58,15 @@ def live_receipt(
         ValueError: fewer than two different prompts, or as `live_arms`.
         RemoteFailure: a host, a key or a model cannot be used, or a job failed.
     """
-    live._setting()
+    setting = live._setting()  # its models are read once for all that it is compared with
     _check_questions(questions)
-    arms = {"live": live, **live_arms(live, anchors, untrained=untrained, cache=cache, progress=progress)}
+    others = live_arms(live, anchors, untrained=untrained, cache=cache, progress=progress, setting=setting)
+    arms = {"live": setting, **others}
     answers = answered(live, arms, questions, told, progress=progress)
     notes = []
     if live.gate_ is not None:
         prompts = [prompt for prompt, _, _ in questions.items]
-        through = live._setting().heard(prompts, prompts)
+        through = setting.heard(prompts, prompts)
         notes.append(
             f"the gate let the expert steer {sum(through)} of {len(through)} questions, and every control the same ones"
         )
@@ -94,13 +95,16 @@ def live_arms(
     untrained: int = 3,
     cache: str | Path | None = None,
     progress: bool = True,
+    setting: _Setting | None = None,
 ) -> dict[str, ByText]:
     """The controls of a live expert by name, as `live_receipt` tells them, with its arguments.
+
+    `setting` is the live expert as it stands in the receipt, whose reading they share.
 
     Raises:
         ValueError: other anchors than those of the fit, or a live expert from a file whose aligner the file does not keep.
     """
-    setting = live._setting()  # its gate is read once for all of them
+    setting = live._setting() if setting is None else setting
     texts = as_texts(anchors)
     if live.info_.get("data", {}).get("anchors_hash") != texts_hash(texts):
         raise ValueError("The live expert was fitted on other anchors than these: give those that it was made of.")
@@ -111,7 +115,7 @@ def live_arms(
         )
     ends = live._ends(live.expert_, texts)
     folder = None if cache is None else Path(cache)
-    arms: dict[str, ByText] = {"another prompt": AnotherPrompt(live), "mean": Mean(live)}
+    arms: dict[str, ByText] = {"another prompt": AnotherPrompt(live, setting=setting), "mean": Mean(live, setting)}
 
     def refitted(reader: Any, layers: Any, name: str, remote: Any = False) -> ByText:
         """The same live expert with another model in the expert's place, and maps of its own."""
@@ -176,10 +180,11 @@ class AnotherPrompt:
     Args:
         live: a fitted one.
         random_state: seed of who reads what; nobody reads its own.
+        setting: of the live expert, where its reading is shared.
     """
 
-    def __init__(self, live: LiveExpert, random_state: int = 0) -> None:
-        self.live, self.random_state = live, random_state
+    def __init__(self, live: LiveExpert, random_state: int = 0, setting: _Setting | None = None) -> None:
+        self.setting, self.random_state = live._setting() if setting is None else setting, random_state
 
     def _reads(self, prompts: Sequence[Text]) -> list[Text]:
         distinct = list({str(prompt): prompt for prompt in prompts}.values())
@@ -191,13 +196,13 @@ class AnotherPrompt:
 
     def for_texts(self, prompts: Sequence[Text], continuations: Sequence[str] | None = None) -> list[SteeringPlan]:
         """As `LiveExpert.for_texts`; the same prompts pass the gate as when the expert reads them."""
-        setting = self.live._setting()
-        return setting.for_texts(prompts, continuations, self._reads(prompts), setting.heard(prompts, prompts))
+        heard = self.setting.heard(prompts, prompts)
+        return self.setting.for_texts(prompts, continuations, self._reads(prompts), heard)
 
     def generate(self, prompts: Sequence[Text], max_new_tokens: int) -> list[str]:
         """As `LiveExpert.generate`; where it follows, the other prompt with what is written after this one."""
-        setting = self.live._setting()
-        return setting.generate(prompts, max_new_tokens, self._reads(prompts), setting.heard(prompts, prompts))
+        heard = self.setting.heard(prompts, prompts)
+        return self.setting.generate(prompts, max_new_tokens, self._reads(prompts), heard)
 
 
 class SamePrompts:
@@ -229,14 +234,15 @@ class Mean:
 
     Args:
         live: a fitted one.
+        setting: of the live expert, where its reading is shared.
     """
 
-    def __init__(self, live: LiveExpert) -> None:
-        self.live = live
+    def __init__(self, live: LiveExpert, setting: _Setting | None = None) -> None:
+        self.live, self.setting = live, live._setting() if setting is None else setting
 
     def for_texts(self, prompts: Sequence[Text], continuations: Sequence[str] | None = None) -> list[SteeringPlan]:
         """As `LiveExpert.for_texts`."""
-        plans = self.live.for_texts(prompts, continuations)
+        plans = self.setting.for_texts(prompts, continuations)
         means = [
             torch.cat([p.vectors[k].direction.reshape(-1, p.vectors[k].direction.shape[-1]) for p in plans]).mean(0)
             for k in range(len(plans[0].vectors))
@@ -254,7 +260,7 @@ class Mean:
         """
         if self.live.follow:
             raise ValueError("A live expert that follows has no mean of what it will read: take follow=False.")
-        plan = self.live.plan(list(prompts))
+        plan = self.setting.plan(list(prompts))
         same = plan.with_directions([v.direction.mean(0).expand(v.direction.shape) for v in plan.vectors])
         how: dict[str, Any] = {"remote": self.live.remote_target_}
         return completions(self.live.target_, rollouts(self.live.target_, list(prompts), same, max_new_tokens, **how))

@@ -101,7 +101,8 @@ class LiveExpert(BaseEstimator):
 
     Args:
         aligner: an affine one; a clone is fitted for each layer pair. Ridge if None.
-        layers: (expert layer, target layer) pairs, all used at once. None: one pair, chosen on the validation items or by depth.
+        layers: (expert layer, target layer) pairs, all used at once, one after the other where the target layer is the same, so
+            that the last of these counts most. None: one pair, chosen on the validation items or by depth.
         op: "blend": h + a (z - h), with z the mapped activation; "innovation": h + a (z - what h itself predicts of z); "add":
             h + a (z - mean of the mapped anchors).
         amount: a; None: chosen on the validation items, 1 without them.
@@ -533,7 +534,7 @@ class _Read:
     def _entropies(self, who: str, model: Any, texts: Sequence[Text], remote: Any) -> Tensor:
         if type(model._module).__name__ == "TransformerBridge":
             raise ValueError(
-                "A gate and an ensemble read next-token entropies, which a TransformerBridge does not give here: take gate=None."
+                "A gate reads next-token entropies, which a TransformerBridge does not give here: take gate=None."
             )
         keys = [f"{who} {texts_hash([text])}" for text in texts]
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.entropy}

@@ -229,7 +229,16 @@ class SteeredLM(_HFLM):
         return [self._chats.get(context) or context.rstrip() for context in contexts]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """As in `hf`; a live expert reads the same messages."""
+        """As in `hf`; a live expert reads the same messages.
+
+        Raises:
+            ValueError: with a live expert, a chat whose answer is begun already (`gen_prefix` of a task).
+        """
+        if self.live is not None and chat_history[-1]["role"] == "assistant":
+            raise ValueError(
+                "The task begins the answer itself (gen_prefix), and a live expert reads a chat up to the answer: leave out the "
+                "chat template."
+            )
         text = super().apply_chat_template(chat_history, add_generation_prompt)
         if self.live is not None:
             self._chats[text] = [dict(message) for message in chat_history]

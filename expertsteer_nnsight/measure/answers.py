@@ -18,6 +18,7 @@ from ..files import library_versions, whole_file
 from .receipts import interval
 
 REFERENCES = ("expert alone", "ensemble", "told the expert's answer")  # which a live expert need not exceed
+EVERY_PROMPT = "every prompt by "  # so begin the names of the experts of a `SurestExpert` without a choice among them
 LEVEL, RESAMPLES = 0.05, 2000
 Right = Sequence[bool] | Sequence[int] | np.ndarray
 
@@ -82,7 +83,8 @@ class AnswersReceipt:
     @property
     def controls(self) -> list[str]:
         """The arms that a live expert must exceed, besides the unsteered one."""
-        return [name for name in self.answers if name not in ("unsteered", "live", *REFERENCES)]
+        besides = ("unsteered", "live", *REFERENCES)
+        return [name for name in self.answers if name not in besides and not name.startswith(EVERY_PROMPT)]
 
     @property
     def comparisons(self) -> dict[str, dict[str, Any]]:
@@ -96,9 +98,13 @@ class AnswersReceipt:
         return self._found
 
     def nearest(self, arms: Sequence[str]) -> str:
-        """The one of some arms that live is least shown to exceed: one that it does not exceed, then by Holm's p."""
-        found = self.comparisons
-        return max(arms, key=lambda name: (found[name]["difference"] <= 0, found[name]["holm"]))
+        """The one of some arms that live is least shown to exceed: the one that exceeds live most clearly, or else by Holm's p."""
+
+        def ahead(name: str) -> tuple[float, float]:
+            found = self.comparisons[name]
+            return 2 - found["holm"] if found["difference"] < 0 else found["holm"], -found["difference"]
+
+        return max(arms, key=ahead)
 
     @property
     def share(self) -> tuple[float, float, float] | None:

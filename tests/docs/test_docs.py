@@ -71,8 +71,9 @@ def given():
         patch.setattr(tiny, "tokenizer", lambda bos=False: known)
         expert = tiny.build("qwen2", seed=1, max_position_embeddings=2048)
         target = tiny.build("llama", seed=2, max_position_embeddings=2048)
+        second = tiny.build("llama", seed=3, max_position_embeddings=2048)
     texts = {"pairs": pairs, "anchors": anchors, "neutral": probe["neutral_texts"][:3]}
-    return {"expert": expert, "target": target, **texts}
+    return {"expert": expert, "second": second, "target": target, **texts}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page).strip()], ids=lambda page: page.stem)

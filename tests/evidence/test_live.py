@@ -232,36 +232,56 @@ def test_a_share_of_the_lead_is_of_bits_a_character():
 
 def test_every_level_is_measured_once_on_items_that_served_for_nothing_else(small, monkeypatch):
     monkeypatch.setattr(factors, "model", study.model)
-    small_sets = {"general texts alone": (10, 0, True), "questions without options": (4, 3, False)}
-    changed = {"GENERAL": 10, "TRAINING": 6, "SCREENED": 12, "ITEMS": 6, "ANCHORS": small_sets}
-    for name, value in changed.items():
+    small_sets = {"general texts alone": (10, 0, True), "twice as many questions": (10, 12, True)}
+    for name, value in {"GENERAL": 10, "TRAINING": 6, "SCREENED": 4, "ITEMS": 6, "ANCHORS": small_sets}.items():
         monkeypatch.setattr(factors, name, value)
     monkeypatch.setitem(factors.SETTINGS, "aligner", {"ridge of rank 8": {"aligner": es.RidgeAligner(max_rank=8)}})
     measured(small, ["arc_easy"])
-    results = Results(small / "out" / "live.jsonl")
-    items = factors.held_out("arc_easy", small / "data")
-    served = {p for p, _, _ in study.screened("arc_easy", small / "data").items}
-    served |= {p for p, _, _ in study.questions("arc_easy", "train", small / "data", study.TRAINING).items}
-    assert len(items) == 6 and not served & {p for p, _, _ in items.items}
-    factors.measure("gemma-smol", "arc_easy", small / "data", results, small / "out" / "states")
-    found = {(line["factor"], line["level"]): line for line in results.lines if line["stage"] == "factor"}
-    levels = sum(map(len, factors.SETTINGS.values())) + 2 + len(small_sets)
-    assert len(found) == levels == sum(line["stage"] == "factor" for line in results.lines)
+    results, data = Results(small / "out" / "live.jsonl"), small / "data"
     chosen = results.find(stage="chosen")
-    texts = factors.anchors("arc_easy", small / "data", 4, 3, False)
-    asked = [p for p, _, _ in study.questions("arc_easy", "train", small / "data", 3).items]
-    assert texts == es.example("general")[:4] + asked
-    kept = {"layers": [tuple(p) for p in chosen["layers"]], "amount": chosen["amount"]}
-    for place, settings, read in (
-        (("anchors", "questions without options"), {}, texts),
-        (("follow", "blend, 0.5"), {"follow": True, "follow_op": "blend"}, study.anchors("arc_easy", small / "data")),
-    ):
-        live = es.LiveExpert(**kept, **settings).fit(*map(study.model, ("gemma", "smol")), read, progress=False)
-        scores = items.options(study.model("smol"), [live], progress=False)
-        assert found[place]["answers"]["live"] == [int(x[1].argmax()) for x in scores]
+    items = factors.held_out("arc_easy", data)
+    most = max(asked for _, asked, _ in small_sets.values())
+    served = {p for p, _, _ in study.questions("arc_easy", "train", data, most).items}
+    served |= {p for p, _, _ in study.questions("arc_easy", "validation", data, study.VALIDATION).items}
+    assert len(items) == 6 and not served & {p for p, _, _ in items.items}
+    fitted, whole = [], es.LiveExpert.fit
+
+    def kept(live, expert, target, texts, **how):
+        fitted.append((live.get_params(deep=False), texts))
+        return whole(live, expert, target, texts, **how)
+
+    monkeypatch.setattr(es.LiveExpert, "fit", kept)
+    factors.measure("gemma-smol", "arc_easy", data, results, small / "out" / "states")
+    found = {(line["factor"], line["level"]): line for line in results.lines if line["stage"] == "factor"}
+    base = {
+        **es.LiveExpert().get_params(deep=False),
+        "layers": [tuple(p) for p in chosen["layers"]],
+        "amount": chosen["amount"],
+    }
+    usual = study.anchors("arc_easy", data)
+    assert len(fitted) == len(found) == sum(line["stage"] == "factor" for line in results.lines)
+    read = {}
+    for place, (settings, texts) in zip(found, fitted, strict=True):
+        factor, level = place
+        changed = {k: v for k, v in settings.items() if repr(v) != repr(base[k])}
+        if factor == "layers":  # as many pairs as it says, of other target layers, with the amount among them
+            assert len({t for _, t in changed["layers"]}) == len(changed["layers"]) == int(level[0])
+            assert changed["amount"] == pytest.approx(chosen["amount"] / int(level[0]))
+        else:
+            wanted = factors.SETTINGS.get(factor, {}).get(level, {})
+            assert repr(changed) == repr({k: v for k, v in wanted.items() if v != base[k]})
+        expected = factors.anchors("arc_easy", data, *small_sets[level]) if factor == "anchors" else usual
+        assert texts == expected
+        read[place] = settings
+    texts = factors.anchors("arc_easy", data, 4, 3, False)
+    assert texts == es.example("general")[:4] + [p for p, _, _ in study.questions("arc_easy", "train", data, 3).items]
+    place = ("follow", "blend, 0.5")
+    live = whole(es.LiveExpert(**read[place]), *map(study.model, ("gemma", "smol")), usual, progress=False)
+    scores = items.options(study.model("smol"), [live], progress=False)
+    assert found[place]["answers"]["live"] == [int(x[1].argmax()) for x in scores]
     assert "| arc_easy | follow | blend, 0.5 | 6 |" in factors.tables(results.lines)["factors"]
     monkeypatch.setattr(es.LiveExpert, "fit", lambda *a, **k: pytest.fail("measured again"))
-    factors.measure("gemma-smol", "arc_easy", small / "data", results, small / "out" / "states")
+    factors.measure("gemma-smol", "arc_easy", data, results, small / "out" / "states")
 
 
 # -- free answers ------------------------------------------------------------------------------------------------------

@@ -508,6 +508,18 @@ def test_controls_steer_the_prompts_that_the_gate_lets_through():
     assert f"the gate let the expert steer {through} of {len(asked)} questions" in str(receipt)
 
 
+def test_a_gated_receipt_reads_the_entropies_of_each_model_once(monkeypatch):
+    live, whole, read = live_of(tiny("gemma3", bos=True), tiny("llama"), gate=0.0), live_expert.in_rows, []
+
+    def counted(model, plans, texts, *rest, **how):
+        read.append(len(texts))
+        return whole(model, plans, texts, *rest, **how)
+
+    monkeypatch.setattr(live_expert, "in_rows", counted)
+    live.receipt(QUESTIONS, GENERAL, untrained=1, **FAST)
+    assert read == [len(QUESTIONS)] * 2
+
+
 def test_a_gate_is_chosen_by_what_it_does_to_validation_items(tmp_path):
     expert, target = tiny("gemma3", bos=True), tiny("llama")
     live = LiveExpert(gate="validation").fit(expert, target, GENERAL, QUESTIONS, **FAST)

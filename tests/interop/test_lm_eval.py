@@ -354,6 +354,8 @@ def test_a_live_expert_reads_a_chat_in_its_own_template():
             logits = nnsight.save(target.output.logits[0].log_softmax(-1))
         new = ids[0, border:]
         assert value == pytest.approx(float(logits[border - 1 : -1].gather(1, new[:, None]).sum()), abs=1e-3)
+    with pytest.raises(ValueError, match=r"begins the answer itself \(gen_prefix\)"):
+        lm.apply_chat_template([*chats[0], {"role": "assistant", "content": "It is"}], add_generation_prompt=False)
     following = es.LiveExpert(layers=[(2, 1)], follow=True).fit(expert, target, GENERAL, progress=False)
     lm = ours(target, live=following)
     text = lm.apply_chat_template(chats[0])

@@ -77,6 +77,16 @@ def test_transfer_is_said_where_live_exceeds_every_control_and_nowhere_else():
     # one control that does as well is enough
     spoilt = AnswersReceipt({**good.answers, "own layer": good.answers["live"]}, right)
     assert spoilt.transferred is False and "own layer" in spoilt.verdict
+    # the nearest is the one that is furthest ahead of live, however sure its p is
+    ahead = AnswersReceipt({**good.answers, "own layer": good.answers["live"], "mean": right}, right)
+    assert (
+        ahead.comparisons["mean"]["holm"] < 1e-6
+        and ahead.nearest(ahead.controls) == "mean"
+        and "less mean" in ahead.verdict
+    )
+    # an expert on every prompt is no control
+    every = AnswersReceipt({**good.answers, "every prompt by live expert 0": right}, right)
+    assert every.transferred and every.controls == good.controls
 
 
 def test_a_receipt_prints_and_goes_through_a_file(tmp_path):

@@ -1,12 +1,11 @@
 """Several experts that read along: each prompt is steered as by its surest expert alone."""
 
 import nnsight
-import numpy as np
 import pytest
 import torch
 from planted import GENERAL
 from sklearn.exceptions import NotFittedError
-from tiny import PROMPTS, build, tiny
+from tiny import PROMPTS, bridge, build, tiny
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.fit.live_expert import LiveExpert
@@ -40,7 +39,7 @@ def surest(experts):
 def test_the_surest_is_the_one_of_least_entropy():
     experts = experts_of(tiny("llama"))
     for mine in (experts, experts[::-1]):
-        assert es.LiveEnsemble(mine).surest(PROMPTS) == surest(mine)
+        assert es.SurestExpert(mine).surest(PROMPTS) == surest(mine)
 
 
 @pytest.mark.parametrize("layers", [((2, 1), (2, 1)), ((1, 2), (2, 0))])
@@ -48,7 +47,7 @@ def test_the_surest_is_the_one_of_least_entropy():
 def test_each_prompt_is_steered_as_by_its_expert_alone(layers, follow, tmp_path):
     target = tiny("llama")
     experts = experts_of(target, layers, follow=follow)
-    ensemble, two = es.LiveEnsemble(experts), surest(experts)
+    together, two = es.SurestExpert(experts), surest(experts)
 
     def logits(plan):
         with torch.no_grad(), plan.attach(target).trace(PROMPTS):
@@ -57,15 +56,15 @@ def test_each_prompt_is_steered_as_by_its_expert_alone(layers, follow, tmp_path)
 
     alone = torch.stack([logits(live.plan(PROMPTS)) for live in experts])
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)
-    plan = ensemble.plan(PROMPTS)
+    plan = together.plan(PROMPTS)
     steered = logits(plan)
     torch.testing.assert_close(steered, alone[two, range(len(PROMPTS))], rtol=1e-4, atol=1e-4)
     again = es.SteeringPlan.load(plan.save(tmp_path / "plan.safetensors"))
     torch.testing.assert_close(logits(again), steered)
     assert again.info["surest"] == two and "surest" in str(again)
     said = [live.generate(PROMPTS, 5) for live in experts]
-    assert ensemble.generate(PROMPTS, 5) == [said[k][i] for i, k in enumerate(two)]
-    scores = QUESTIONS.score(target, [ensemble, *experts])
+    assert together.generate(PROMPTS, 5) == [said[k][i] for i, k in enumerate(two)]
+    scores = QUESTIONS.score(target, [together, *experts])
     torch.testing.assert_close(scores[1], scores[2:][two, range(len(QUESTIONS))], rtol=1e-4, atol=1e-5)
 
 
@@ -74,33 +73,55 @@ def test_the_gate_of_the_surest_expert_counts():
     silent, free = experts_of(target)
     two = surest([silent, free])
     silent.gate_ = -100.0  # steers nothing
-    plan = es.LiveEnsemble([silent, free]).plan(PROMPTS)
+    plan = es.SurestExpert([silent, free]).plan(PROMPTS)
     strengths = torch.stack([v.strength for v in plan.vectors])
     assert strengths.tolist() == [[0.0] * len(PROMPTS), [float(k == 1) for k in two]]
 
 
-def test_a_receipt_has_the_answers_of_the_surest_experts_and_their_controls(tmp_path):
+def test_a_receipt_has_each_expert_on_its_own_questions(tmp_path):
     target = tiny("llama")
     experts = experts_of(target)
     two = surest(experts)
-    made = es.LiveEnsemble(experts).receipt(QUESTIONS, [GENERAL, GENERAL], untrained=1, cache=tmp_path, **FAST)
-    each = [live.receipt(QUESTIONS, GENERAL, untrained=1, **FAST) for live in experts]
-    assert set(made.answers) == set(each[0].answers)
-    for arm, answers in made.answers.items():
-        np.testing.assert_array_equal(answers, [each[k].answers[arm][i] for i, k in enumerate(two)])
-    asked = [two.count(k) for k in (0, 1)]
-    assert [f"was the surest for {n} of {len(two)} questions" in str(made) for n in asked] == [True, True]
+    made = es.SurestExpert(experts).receipt(QUESTIONS, [GENERAL, GENERAL], untrained=1, cache=tmp_path, **FAST)
+    for number, live in enumerate(experts):
+        mine = [i for i, k in enumerate(two) if k == number]
+        assert len(mine) > 1
+        # another prompt, the mean and all else are of the questions that are this expert's
+        some = es.MultipleChoice([QUESTIONS.items[i] for i in mine])
+        each = live.receipt(some, GENERAL, untrained=1, **FAST)
+        for arm, answers in each.answers.items():
+            assert [made.answers[arm][i] for i in mine] == list(answers)
+        everywhere = [int(x[1].argmax()) for x in QUESTIONS.options(target, [live])]
+        assert made.answers[f"every prompt by live expert {number}"] == everywhere
+        assert f"live expert {number} is the surest of {len(mine)} of {len(two)} questions" in str(made)
+    assert set(made.controls) == {"another prompt", "mean", "untrained, seed 1", "own layer"}
     with pytest.raises(ValueError, match="2 live experts need as many sets of anchors, but 1 were given"):
-        es.LiveEnsemble(experts).receipt(QUESTIONS, [GENERAL], **FAST)
+        es.SurestExpert(experts).receipt(QUESTIONS, [GENERAL], **FAST)
 
 
-def test_what_cannot_steer_together_is_refused():
+def test_an_expert_that_is_never_the_surest_takes_no_part_in_the_receipt():
     target = tiny("llama")
     experts = experts_of(target)
-    other = LiveExpert(layers=[(2, 1)]).fit(experts[0].expert_, build("llama", num_hidden_layers=5), GENERAL, **FAST)
-    with pytest.raises(ValueError, match="These live experts cannot steer together"):
-        es.LiveEnsemble([*experts, other])
-    with pytest.raises(ValueError, match="needs at least one"):
-        es.LiveEnsemble([])
+    two = surest(experts)
+    some = es.MultipleChoice([item for item, k in zip(QUESTIONS.items, two, strict=True) if k == 0])
+    made = es.SurestExpert(experts).receipt(some, [GENERAL, GENERAL], untrained=1, **FAST)
+    each = experts[0].receipt(some, GENERAL, untrained=1, **FAST)
+    assert made.answers["live"] == list(each.answers["live"]) and "live expert 1 is the surest of 0 of" in str(made)
+
+
+def test_what_cannot_steer_together_is_refused(tmp_path):
+    target = tiny("llama")
+    experts = experts_of(target)
+    other = LiveExpert(layers=[(2, 1)]).fit(experts[0].expert_, build("llama", seed=5), GENERAL, **FAST)
+    with pytest.raises(ValueError, match="Live expert 2 steers another model than the first"):
+        es.SurestExpert([*experts, other])
+    again = LiveExpert(layers=[(1, 1)]).fit(experts[0].expert_, target, GENERAL, **FAST)
+    with pytest.raises(ValueError, match="Live expert 2 reads the same model as one before it"):
+        es.SurestExpert([*experts, again])
+    again.expert_ = nnsight.NNsight(bridge(target, tmp_path))
+    with pytest.raises(ValueError, match="Live expert 0 reads a TransformerBridge"):
+        es.SurestExpert([again])
+    with pytest.raises(ValueError, match="give at least one"):
+        es.SurestExpert([])
     with pytest.raises(NotFittedError):
-        es.LiveEnsemble([LiveExpert()])
+        es.SurestExpert([LiveExpert()])

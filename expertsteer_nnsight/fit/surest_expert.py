@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..measure.answers import AnswersReceipt
+from ..measure.answers import EVERY_PROMPT, AnswersReceipt
 from ..measure.effects import MultipleChoice
 from ..models.identity import ModelIdentity
 from ..steering.plan import SteeringPlan
@@ -14,33 +15,44 @@ from ..texts.texts import Text, as_texts
 from .live_expert import LiveExpert, _Setting
 
 
-class LiveEnsemble:
+class SurestExpert:
     """Live experts of one target, of which the surest steers each prompt, as it would alone.
 
     The surest expert is the one whose next token after the prompt has the least entropy, in nats; among equals it is the first.
     Experts of other vocabularies and trainings are sure to other degrees, so that one may steer more often than it should: a
-    receipt tells how often each did, and what came of it.
+    receipt has each of them on every prompt beside the choice.
 
-    An effect takes it in place of a plan: `MultipleChoice(items).score(target, [ensemble])`. Each prompt costs a second forward of
+    An effect takes it in place of a plan: `MultipleChoice(items).score(target, [surest])`. Each prompt costs a second forward of
     every expert, for the entropies.
 
     Args:
-        experts: fitted ones, of the same target.
+        experts: fitted ones, of the same target, that read different models.
 
     Raises:
         NotFittedError: one is not fitted.
-        ValueError: none is given, one has no models, or they steer other targets.
+        ValueError: none is given, one has no models or is a TransformerBridge, they steer different models, or two read the same.
     """
 
     def __init__(self, experts: Sequence[LiveExpert]) -> None:
         self.experts = list(experts)
         if not self.experts:
-            raise ValueError("An ensemble of live experts needs at least one of them.")
-        for live in self.experts:
+            raise ValueError("There is no live expert to choose from: give at least one.")
+        for number, live in enumerate(self.experts):
             live._setting()
-        first = ModelIdentity.of(self.target_)
-        for live in self.experts[1:]:
-            first.check(ModelIdentity.of(live.target_), "These live experts cannot steer together")
+            if type(live.expert_._module).__name__ == "TransformerBridge":
+                raise ValueError(
+                    f"Live expert {number} reads a TransformerBridge, which gives no next-token entropies here: wrap the model "
+                    "with nnsight itself."
+                )
+            if live.target_._module is not self.target_._module:
+                raise ValueError(
+                    f"Live expert {number} steers another model than the first: fit or load them with one target."
+                )
+            if any(live.expert_._module is other.expert_._module for other in self.experts[:number]):
+                raise ValueError(
+                    f"Live expert {number} reads the same model as one before it, so both are equally sure of every prompt: give "
+                    "live experts of different models."
+                )
 
     @property
     def target_(self) -> Any:
@@ -98,6 +110,8 @@ class LiveEnsemble:
     ) -> AnswersReceipt:
         """Compares it with the controls of its experts, each on the questions of which that expert is surest.
 
+        Beside them is each expert on every prompt, which tells what the choice is worth.
+
         Args:
             questions: held-out ones.
             anchors: for each expert, those of its fit.
@@ -105,25 +119,35 @@ class LiveEnsemble:
             settings: further arguments of `live_receipt`.
 
         Raises:
-            ValueError: not one set of anchors for each expert, or as `live_receipt`.
+            ValueError: not one set of anchors for each expert, an expert that is surest of one prompt alone, or as `live_receipt`.
         """
         if len(anchors) != len(self.experts):
             raise ValueError(
                 f"{len(self.experts)} live experts need as many sets of anchors, but {len(anchors)} were given."
             )
         chosen = self.surest([prompt for prompt, _, _ in questions.items])
-        folders = [None if cache is None else Path(cache) / str(number) for number in range(len(self.experts))]
-        made = [
-            live.receipt(questions, mine, cache=folder, **settings)
-            for live, mine, folder in zip(self.experts, anchors, folders, strict=True)
-        ]
-        shared = [arm for arm in made[0].answers if all(arm in receipt.answers for receipt in made)]
-        answers = {arm: [made[k].answers[arm][i] for i, k in enumerate(chosen)] for arm in shared}
+        parts: list[tuple[list[int], AnswersReceipt]] = []
         notes = []
-        for number, (live, receipt) in enumerate(zip(self.experts, made, strict=True)):
-            name = f"{live.info_['expert']['id']} was the surest for {chosen.count(number)} of {len(chosen)} questions"
-            notes += [name, *receipt.notes]
-        return AnswersReceipt(answers, made[0].right, questions.unit, notes)
+        for number, (live, mine) in enumerate(zip(self.experts, anchors, strict=True)):
+            asked = [i for i, k in enumerate(chosen) if k == number]
+            notes.append(f"{self._name(number)} is the surest of {len(asked)} of {len(chosen)} questions")
+            if asked:
+                some = replace(questions, items=[questions.items[i] for i in asked])
+                made = live.receipt(some, mine, cache=None if cache is None else Path(cache) / str(number), **settings)
+                notes += [f"{self._name(number)}: {note}" for note in made.notes]
+                parts.append((asked, made))
+        shared = [arm for arm in parts[0][1].answers if all(arm in made.answers for _, made in parts)]
+        found = {arm: {i: given for asked, made in parts for i, given in zip(asked, made.answers[arm], strict=True)}
+                 for arm in shared}  # fmt: skip
+        answers = {arm: [given[i] for i in range(len(chosen))] for arm, given in found.items()}
+        every = questions.options(self.target_, self.experts, remote=self.experts[0].remote_target_)
+        for number in range(len(self.experts)):
+            answers[f"{EVERY_PROMPT}{self._name(number)}"] = [int(x[1 + number].argmax()) for x in every]
+        return AnswersReceipt(answers, [right for _, _, right in questions.items], questions.unit, notes)
+
+    def _name(self, number: int) -> str:
+        name = self.experts[number].info_["expert"]["id"]
+        return f"live expert {number}" + (f" ({name})" if name else "")
 
     def _settings(self) -> list[_Setting]:
         return [live._setting() for live in self.experts]
