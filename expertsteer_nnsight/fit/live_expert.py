@@ -37,8 +37,10 @@ from ..measure.scoring import encoded, in_rows
 from ..models.identity import ModelIdentity
 from ..models.positions import affixes, prefix_ids
 from ..models.prompts import Prompts
+from ..ndif.argument import host_of
 from ..states.activations import Activations
 from ..states.collecting import collect
+from ..states.continued import continued_states
 from ..steering.plan import SteeringPlan
 from ..steering.vectors import SteeringVector, stack
 from ..texts.texts import Text, as_texts, encode, texts_hash, tokenizer_of
@@ -519,7 +521,7 @@ class _Read:
 
     def __init__(self, live: LiveExpert) -> None:
         self.live = live
-        self.known: dict[str, Activations] = {}
+        self.known: dict[str, dict[int, Tensor]] = {}
         self.entropy: dict[str, float] = {}
 
     def gaps(self, prompts: Sequence[Text], reads: Sequence[Text]) -> Tensor:
@@ -544,15 +546,17 @@ class _Read:
             self.entropy.update({key: float(value[0]) for key, (value,) in zip(new, found, strict=True)})
         return torch.tensor([self.entropy[key] for key in keys])
 
-    def __call__(self, texts: Sequence[Text], ends: Sequence[Sequence[int]] | None = None) -> Activations:
-        """Activations at the end of each text, and at its `ends` before."""
+    def __call__(self, texts: Sequence[Text], ends: Sequence[Sequence[int]] | None = None) -> dict[int, Tensor]:
+        """Activations by layer, `[row, hidden]`, at the end of each text and at its `ends` before."""
         key = texts_hash([*texts, json.dumps(None if ends is None else [list(e) for e in ends])])
         if key not in self.known:
-            layers = sorted({pair[0] for pair in self.live.maps_})
-            self.known[key] = collect(
-                self.live.expert_, list(texts), layers, ends=ends, batch_size=self.live._batch_size, remote=self.live.remote_,
-                progress=False,
-            )  # fmt: skip
+            layers, how = sorted({pair[0] for pair in self.live.maps_}), {"batch_size": self.live._batch_size}
+            if ends is not None and host_of(self.live.remote_) is None:  # options, of which many have the same prompt
+                self.known[key] = continued_states(self.live.expert_, texts, layers, ends, **how)
+            else:
+                told: dict[str, Any] = {"ends": ends, "remote": self.live.remote_, "progress": False, **how}
+                found = collect(self.live.expert_, list(texts), layers, **told)
+                self.known[key] = {layer: found[layer] for layer in layers}
         return self.known[key]
 
 

@@ -93,7 +93,7 @@ def collect(
     at = [[token_index(position, ids, prefix)] for ids, prefix in encoded]
     rule = f"function {texts_hash(map(str, at))}" if callable(position) else str(position)
     if ends is not None:
-        at = _with_ends(tokenizer, texts, encoded, ends, at)
+        at = columns_at_ends(tokenizer, texts, encoded, ends, at)
     first_row = [0, *accumulate(map(len, at))]
     n_rows = first_row[-1]
     identity = ModelIdentity.of(model)
@@ -168,7 +168,7 @@ def _fill(memory: dict[str, Tensor], part: dict[str, Tensor], rows: list[int], n
         memory[key][rows] = value
 
 
-def _with_ends(
+def columns_at_ends(
     tokenizer: Any, texts: Any, encoded: Any, ends: Any, at: list[list[int | None]]
 ) -> list[list[int | None]]:
     """The columns of each text's ends, before that of its position."""
