@@ -21,7 +21,9 @@ from ..texts.texts import Text, encode, token_index, tokenizer_of
 from .collecting import collect, columns_at_ends
 from .forward import batches
 
-WORTH = 64  # tokens that sharing a beginning must save
+WORTH = (
+    256  # tokens that sharing a beginning must save: two small forwards in place of a large one cost as much on a CPU
+)
 KNOWN = "_expertsteer_can_continue"  # whether a model was found to be able to
 
 

@@ -18,6 +18,11 @@ TEXTS = [c + more for c in CONTEXTS for more in (" a dog", " hello", " the fox j
 ENDS = [[text.index(" ")] * (" " in text) + ([text.rindex(" ")] if text.count(" ") > 1 else []) for text in TEXTS]
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(continued, "WORTH", 8)
+
+
 def tokens_read(model):
     """How many tokens pass the first layer, and a function that stops counting."""
     seen = []
@@ -28,8 +33,7 @@ def tokens_read(model):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("batch_size", [None, 2])
-def test_activations_are_those_of_whole_texts(arch, batch_size, monkeypatch):
-    monkeypatch.setattr(continued, "WORTH", 8)
+def test_activations_are_those_of_whole_texts(arch, batch_size):
     model = tiny.build(arch, bos=arch == "gemma3")
     found = continued_states(model, TEXTS, [0, 2], ENDS, batch_size)
     expected = es.collect(model, TEXTS, [0, 2], ends=ENDS, progress=False)
