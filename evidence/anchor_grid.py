@@ -51,6 +51,7 @@ ALIGNERS = {
 }
 # ridge with the labelled texts of the other concepts, unlabelled, among the anchors: statements, reviews, options
 REGISTERS = "ridge, other registers"
+KINDS = (*ALIGNERS, REGISTERS)
 MIXED = ((300, 6), (1200, 0), (1200, 6))
 UNTRAINED = {"ridge": MIXED, REGISTERS: MIXED}  # where experts of random weights are measured too
 SEEDS = (1, 2)
@@ -189,16 +190,18 @@ def _fitted(aligner: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
     return made.fit(x[ordinary], y[ordinary])
 
 
-def run(data: Data, out: Path, pairs: Sequence[str], concepts: Sequence[str]) -> Results:
-    """Measures what is missing of the grid."""
+def run(
+    data: Data, out: Path, pairs: Sequence[str], concepts: Sequence[str], aligners: Sequence[str] = KINDS
+) -> Results:
+    """Measures what is missing of the grid, of some kinds of map."""
     # all of them, because the others are a setting's anchors
     results, known = Results(out / "anchors.jsonl"), {name: concept(name, data) for name in CONCEPTS}
     for pair in pairs:
-        measure(Grid(pair, es.example("general"), known, out / "anchor_states"), results, concepts)
+        measure(Grid(pair, es.example("general"), known, out / "anchor_states"), results, concepts, aligners)
     return results
 
 
-def measure(grid: Grid, results: Results, concepts: Sequence[str]) -> None:
+def measure(grid: Grid, results: Results, concepts: Sequence[str], aligners: Sequence[str] = KINDS) -> None:
     """Fits every map once, for all concepts, and then measures the plans of one concept after another."""
     measuring = {name: Measuring(grid.pair, name, results, f"version {VERSION}") for name in concepts}
     waiting: dict[str, list[Arm]] = {name: [] for name in concepts}
@@ -210,7 +213,7 @@ def measure(grid: Grid, results: Results, concepts: Sequence[str]) -> None:
             waiting[name].append(Arm(factor, where, who, draw, made[name], ITEMS))
 
     add("native", "native", "native", 0, grid.native)
-    for setting in tqdm(settings(), desc=f"maps, {grid.pair}"):
+    for setting in tqdm([s for s in settings() if s[0] in aligners], desc=f"maps, {grid.pair}"):
         aligner, *size = setting
         add(aligner, level(*size), "expert", 0, partial(grid.plans, grid.expert, setting))
         if tuple(size) in UNTRAINED.get(aligner, ()):
@@ -225,7 +228,7 @@ def tables(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
     table, found = Table(lines), {}
     for pair in dict.fromkeys(line["pair"] for line in lines):
         native = table.arm(pair, CONCEPTS, "native", "native", "native")
-        for who, names in (("expert", (*ALIGNERS, REGISTERS)), ("untrained", UNTRAINED)):
+        for who, names in (("expert", KINDS), ("untrained", UNTRAINED)):
             for name in names:
                 body = []
                 for n in ANCHORS:
@@ -304,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="results and states (%(default)s)")
     parser.add_argument("--pairs", nargs="*", choices=list(PAIRS), default=["gemma-smol", "smol-gemma"], help="models")
     parser.add_argument("--concepts", nargs="*", choices=CONCEPTS, default=list(CONCEPTS))
+    parser.add_argument("--aligners", nargs="*", choices=KINDS, default=list(KINDS), help="kinds of map (default: all)")
     parser.add_argument("--publish", type=Path, metavar="PAGE", help="write the tables and the figure into a page")
     parser.add_argument("--redraw", action="store_true", help="measure nothing, take the results that are there")
     args = parser.parse_args(argv)
@@ -312,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not lines:
             parser.error(f"there are no results in {args.out} to draw: measure first, or name another --out.")
     else:
-        lines = run(Data(args.data), args.out, args.pairs, args.concepts).lines
+        lines = run(Data(args.data), args.out, args.pairs, args.concepts, args.aligners).lines
     made = tables(lines)
     print("\n\n".join(f"{name}\n\n{text}" for name, text in made.items()))
     if args.publish:

@@ -422,6 +422,9 @@ def test_the_grid_of_anchors_fits_maps_on_rows_of_the_anchors_and_goes_on(small,
     whos = [line["who"] for line in results.lines]
     assert whos.count("expert") == 5 and whos.count("untrained") == 2 and whos.count("native") == 1
     assert all(abs(x - 1) < 1e-5 for line in results.lines if line["who"] == "native" for x in line["cosine"])
+    some = Results(tmp_path / "some.jsonl")
+    anchor_grid.measure(grid, some, ["sentiment"], [anchor_grid.REGISTERS])
+    assert {line["factor"] for line in some.lines} == {"native", anchor_grid.REGISTERS}
     monkeypatch.setattr(evidence.study, "either_sign", lambda *a, **k: pytest.fail("measured again"))
     anchor_grid.measure(grid, Results(tmp_path / "anchors.jsonl"), ["sentiment"])
     # other registers are the other concepts' texts, unlabelled: a map of both is that of the two stacked
