@@ -28,7 +28,6 @@ _HOMES = {
     "MultipleChoice": "measure.effects",
     "Words": "measure.effects",
     "ExpertSteer": "fit.expert_steer",
-    "SurestExpert": "fit.surest_expert",
     "LiveExpert": "fit.live_expert",
     "untrained_like": "models.untrained",
     "ContrastPairs": "texts.labelled",
@@ -63,7 +62,6 @@ if TYPE_CHECKING:
     from .directions.rfm import RecursiveFeatureMachine as RecursiveFeatureMachine
     from .fit.expert_steer import ExpertSteer as ExpertSteer
     from .fit.live_expert import LiveExpert as LiveExpert
-    from .fit.surest_expert import SurestExpert as SurestExpert
     from .match.layer_matching import match_layers as match_layers
     from .measure.calibration import calibrate as calibrate
     from .measure.effects import Choices as Choices

@@ -9,6 +9,7 @@ from tiny import PROMPTS, bridge, build, tiny
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.fit.live_expert import LiveExpert
+from expertsteer_nnsight.fit.surest_expert import SurestExpert
 
 QUESTIONS = es.MultipleChoice([(p, [" a dog", " the fox jumps", " hello"], n % 3) for n, p in enumerate(PROMPTS)])
 FAST = {"progress": False}
@@ -39,7 +40,7 @@ def surest(experts):
 def test_the_surest_is_the_one_of_least_entropy():
     experts = experts_of(tiny("llama"))
     for mine in (experts, experts[::-1]):
-        assert es.SurestExpert(mine).surest(PROMPTS) == surest(mine)
+        assert SurestExpert(mine).surest(PROMPTS) == surest(mine)
 
 
 @pytest.mark.parametrize("layers", [((2, 1), (2, 1)), ((1, 2), (2, 0))])
@@ -47,7 +48,7 @@ def test_the_surest_is_the_one_of_least_entropy():
 def test_each_prompt_is_steered_as_by_its_expert_alone(layers, follow, tmp_path):
     target = tiny("llama")
     experts = experts_of(target, layers, follow=follow)
-    together, two = es.SurestExpert(experts), surest(experts)
+    together, two = SurestExpert(experts), surest(experts)
 
     def logits(plan):
         with torch.no_grad(), plan.attach(target).trace(PROMPTS):
@@ -73,7 +74,7 @@ def test_the_gate_of_the_surest_expert_counts():
     silent, free = experts_of(target)
     two = surest([silent, free])
     silent.gate_ = -100.0  # steers nothing
-    plan = es.SurestExpert([silent, free]).plan(PROMPTS)
+    plan = SurestExpert([silent, free]).plan(PROMPTS)
     strengths = torch.stack([v.strength for v in plan.vectors])
     assert strengths.tolist() == [[0.0] * len(PROMPTS), [float(k == 1) for k in two]]
 
@@ -82,7 +83,7 @@ def test_a_receipt_has_each_expert_on_its_own_questions(tmp_path):
     target = tiny("llama")
     experts = experts_of(target)
     two = surest(experts)
-    made = es.SurestExpert(experts).receipt(QUESTIONS, [GENERAL, GENERAL], untrained=1, cache=tmp_path, **FAST)
+    made = SurestExpert(experts).receipt(QUESTIONS, [GENERAL, GENERAL], untrained=1, cache=tmp_path, **FAST)
     for number, live in enumerate(experts):
         mine = [i for i, k in enumerate(two) if k == number]
         assert len(mine) > 1
@@ -96,7 +97,7 @@ def test_a_receipt_has_each_expert_on_its_own_questions(tmp_path):
         assert f"live expert {number} is the surest of {len(mine)} of {len(two)} questions" in str(made)
     assert set(made.controls) == {"another prompt", "mean", "untrained, seed 1", "own layer"}
     with pytest.raises(ValueError, match="2 live experts need as many sets of anchors, but 1 were given"):
-        es.SurestExpert(experts).receipt(QUESTIONS, [GENERAL], **FAST)
+        SurestExpert(experts).receipt(QUESTIONS, [GENERAL], **FAST)
 
 
 def test_an_expert_that_is_never_the_surest_takes_no_part_in_the_receipt():
@@ -104,7 +105,7 @@ def test_an_expert_that_is_never_the_surest_takes_no_part_in_the_receipt():
     experts = experts_of(target)
     two = surest(experts)
     some = es.MultipleChoice([item for item, k in zip(QUESTIONS.items, two, strict=True) if k == 0])
-    made = es.SurestExpert(experts).receipt(some, [GENERAL, GENERAL], untrained=1, **FAST)
+    made = SurestExpert(experts).receipt(some, [GENERAL, GENERAL], untrained=1, **FAST)
     each = experts[0].receipt(some, GENERAL, untrained=1, **FAST)
     assert made.answers["live"] == list(each.answers["live"]) and "live expert 1 is the surest of 0 of" in str(made)
 
@@ -114,14 +115,14 @@ def test_what_cannot_steer_together_is_refused(tmp_path):
     experts = experts_of(target)
     other = LiveExpert(layers=[(2, 1)]).fit(experts[0].expert_, build("llama", seed=5), GENERAL, **FAST)
     with pytest.raises(ValueError, match="Live expert 2 steers another model than the first"):
-        es.SurestExpert([*experts, other])
+        SurestExpert([*experts, other])
     again = LiveExpert(layers=[(1, 1)]).fit(experts[0].expert_, target, GENERAL, **FAST)
     with pytest.raises(ValueError, match="Live expert 2 reads the same model as one before it"):
-        es.SurestExpert([*experts, again])
+        SurestExpert([*experts, again])
     again.expert_ = nnsight.NNsight(bridge(target, tmp_path))
     with pytest.raises(ValueError, match="Live expert 0 reads a TransformerBridge"):
-        es.SurestExpert([again])
+        SurestExpert([again])
     with pytest.raises(ValueError, match="give at least one"):
-        es.SurestExpert([])
+        SurestExpert([])
     with pytest.raises(NotFittedError):
-        es.SurestExpert([LiveExpert()])
+        SurestExpert([LiveExpert()])
