@@ -66,7 +66,6 @@ class SurestExpert:
             prompts: strings or chat messages.
 
         Raises:
-            ValueError: an expert is a TransformerBridge, which gives no entropies here.
             RemoteFailure: an expert is remote and could not be read.
         """
         return self._chosen(self._settings(), as_texts(prompts))
