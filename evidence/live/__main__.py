@@ -1,4 +1,4 @@
-"""How much of an expert's knowledge a live expert passes on: choice tasks, free answers, any text, private context.
+"""How much of an expert's knowledge a live expert passes on: choice tasks and factors, free answers, any text, private context.
 
     python -m evidence.live --data FOLDER                                   # goes on where it stopped
     python -m evidence.live --redraw --publish docs/live_evidence.md        # the page again, without a model

@@ -6,7 +6,6 @@ where no real token sees it. Locally the continuations of one context share its 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from inspect import signature
 from itertools import groupby
@@ -16,7 +15,7 @@ import nnsight
 import torch
 from torch import Tensor
 
-from ..states.forward import batches
+from ..states.forward import batches, in_rows, padded
 from ..steering.plan import SteeringPlan, stack_plans
 
 if TYPE_CHECKING:
@@ -41,11 +40,6 @@ class Text(NamedTuple):
     prompt: int
     scored: int
     ends: tuple[int, ...]
-
-
-def _padded(rows: list[tuple[int, ...]]) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
 def _found(logits: Tensor, lengths: list[int], width: int, texts: list[Text]) -> list[Tensor]:
@@ -85,7 +79,7 @@ def _forward(
     """`_found` of texts in one batch, after the keys and values in `cache` of the tokens that they have in common."""
     past = 0 if cache is None else int(cache.get_seq_length())
     rows, prompts = [text.ids[past:] for text in texts], [text.prompt for text in texts]
-    ids, lengths = _padded(rows), [len(row) for row in rows]
+    ids, lengths = padded(rows), [len(row) for row in rows]
     width = ids.shape[1]
     call: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones(len(ids), past + width, dtype=torch.long)}
     if cache is None:
@@ -121,13 +115,6 @@ def _context(model: Any, plan: SteeringPlan | None, text: Text, length: int, can
         _steer(model, plan, [text.prompt])
         cache = nnsight.save(model.output.past_key_values)
     return cache
-
-
-def _in_rows(cache: Any, rows: int) -> Any:
-    """A copy of a cache of one row in as many rows."""
-    several = copy.deepcopy(cache)
-    several.batch_repeat_interleave(rows)
-    return several
 
 
 def _in_common(texts: list[Text]) -> int:
@@ -223,7 +210,7 @@ class Scorer:
             try:
                 if context is None:  # of one context, every row's plan does the same there
                     context = _context(self.model, self._plan_of(part[:1]), some[0], common, self._can_keep)
-                found = _forward(self.model, plan, some, self._can_keep, _in_rows(context, len(some)))
+                found = _forward(self.model, plan, some, self._can_keep, in_rows(context, len(some)))
             except (AttributeError, TypeError, ValueError):  # a cache of another kind, as recurrent models have
                 if self._tried:
                     raise

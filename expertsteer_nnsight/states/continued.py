@@ -6,7 +6,6 @@ of them. A model whose keys and values cannot be used so (recurrent ones) is rea
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from inspect import signature
 from typing import Any
@@ -19,7 +18,7 @@ from ..models.positions import affixes
 from ..models.residual import Residual, hidden
 from ..texts.texts import Text, encode, token_index, tokenizer_of
 from .collecting import collect, columns_at_ends
-from .forward import batches
+from .forward import batches, in_rows, padded
 
 WORTH = (
     256  # tokens that sharing a beginning must save: two small forwards in place of a large one cost as much on a CPU
@@ -119,12 +118,8 @@ def _after(
     """`[layer, row, hidden]` of each of some texts that share their first tokens; None where the model keeps no keys and values."""
     try:
         before, cache = _read(model, residual, layers, torch.tensor([ids[some[0]][:common]]), None)
-        rests = [ids[i][common:] for i in some]
-        width = max(map(len, rests))
-        rows = torch.tensor([[*rest, *[0] * (width - len(rest))] for rest in rests])  # no real token sees the padding
-        several = copy.deepcopy(cache)
-        several.batch_repeat_interleave(len(some))
-        after, _ = _read(model, residual, layers, rows, several, common)
+        rests = padded([ids[i][common:] for i in some])
+        after, _ = _read(model, residual, layers, rests, in_rows(cache, len(some)), common)
     except (AttributeError, TypeError, ValueError):  # a cache of another kind, as recurrent models have
         if model.__dict__.get(KNOWN):
             raise

@@ -5,6 +5,7 @@ Everything here may run on a server: torch and nnsight are all that it may need.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,19 @@ def batches(
         else:
             found.append([i])
     return found
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids `[row, position]`, padded with 0 on the right, where no real token sees it."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+
+
+def in_rows(cache: Any, rows: int) -> Any:
+    """A copy of a cache of keys and values of one row in as many rows."""
+    several = copy.deepcopy(cache)
+    several.batch_repeat_interleave(rows)
+    return several
 
 
 def forward(
