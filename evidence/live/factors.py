@@ -8,16 +8,20 @@ not the factor, which favours the base.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 import expertsteer_nnsight as es
-from evidence.live.choices import GENERAL, SCREENED, TRAINING, questions
+from evidence.live.choices import GENERAL, SCREENED, TRAINING, VALIDATION, questions
 from evidence.live.choices import VERSION as CHOICES
 from evidence.live.results import Line, Results
+from evidence.live.slopes import best_map, centred, gradient
 from evidence.models import PAIRS, model
 from evidence.report import markdown
 from expertsteer_nnsight.align.closed_form import ProcrustesAligner
@@ -26,6 +30,7 @@ from expertsteer_nnsight.measure.answers import compared
 
 TASKS = ("arc_easy",)
 ITEMS = 200
+ANSWERED = 400  # training questions whose right answers a map is fitted on; they overlap with those that are screened
 VERSION = 1
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "base": {"base": {}},
@@ -63,7 +68,7 @@ def anchors(task: str, data: Path, general: int, asked: int, options: bool) -> l
 
 def held_out(task: str, data: Path) -> es.MultipleChoice:
     """Training questions beyond those that are anchors or tell whether the expert leads."""
-    start = max(TRAINING + SCREENED, *(asked for _, asked, _ in ANCHORS.values()))
+    start = max(TRAINING + SCREENED, ANSWERED, *(asked for _, asked, _ in ANCHORS.values()))
     return questions(task, "train", data, start + ITEMS)[start:]
 
 
@@ -74,12 +79,13 @@ def measure(pair: str, task: str, data: Path, results: Results, folder: Path) ->
         return
     expert, target = (model(name) for name in PAIRS[pair])
     place = {"version": VERSION, "pair": pair, "task": task, "stage": "factor"}
-    items, cache = held_out(task, data), folder / f"{pair}-{task}"
+    items, states = held_out(task, data), folder / f"{pair}-{task}"
     base = {"layers": [(e, t) for e, t in chosen["layers"]], "amount": chosen["amount"]}
     usual = anchors(task, data, GENERAL, TRAINING, True)
 
-    def fitted(change: dict[str, Any], texts: list[str], where: str) -> es.LiveExpert:
-        return es.LiveExpert(**{**base, **change}).fit(expert, target, texts, cache=cache / where, progress=False)
+    def fitted(change: dict[str, Any], texts: list[str], where: str, own: bool = False) -> es.LiveExpert:
+        live, reader = es.LiveExpert(**{**base, **change}), target if own else expert
+        return live.fit(reader, target, texts, cache=states / where, progress=False)
 
     best: dict[int, tuple[int, int]] = {}  # of each target layer, the best pair first
     for ((e, t),), *_ in chosen["settings"]:
@@ -98,6 +104,7 @@ def measure(pair: str, task: str, data: Path, results: Results, folder: Path) ->
         ("anchors", level, lambda h=how, n=level: fitted({}, anchors(task, data, *h), _folder("anchors", n)))
         for level, how in ANCHORS.items()
     ]
+    work += [("map", level, make) for level, make in _other_maps(fitted, usual, chosen, task, data).items()]
     for factor, level, make in tqdm(work, desc=f"factors, {pair}, {task}"):
         if results.find(**place, factor=factor, level=level) is None:
             live = make()
@@ -108,6 +115,31 @@ def measure(pair: str, task: str, data: Path, results: Results, folder: Path) ->
             }
             right = [best for _, _, best in items.items]
             results.add({**place, "factor": factor, "level": level, "right": right, "answers": answers})
+
+
+def _other_maps(
+    fitted: Callable[..., es.LiveExpert], usual: list[str], chosen: Line, task: str, data: Path
+) -> dict[str, Callable[[], es.LiveExpert]]:
+    """Maps that are no map of the anchors' activations alone."""
+    asked = questions(task, "train", data, ANSWERED)
+    prompts = [prompt for prompt, _, _ in asked.items]
+    ((expert, target),) = chosen["layers"]
+
+    @cache
+    def slopes(model: Any) -> Tensor:
+        return torch.stack([gradient(model, target, *item) for item in asked.items])
+
+    def on_answers(own: bool) -> es.LiveExpert:
+        live = fitted(
+            {"op": "add", "layers": [(target if own else expert, target)]}, usual, "own" if own else "one", own
+        )
+        return best_map(live, asked, slopes(live.target_), questions(task, "validation", data, VALIDATION))
+
+    return {
+        "centred on the ends of questions": lambda: centred(fitted({}, usual, "one"), prompts[:TRAINING]),
+        "loss gradient of right answers": lambda: on_answers(False),
+        "the same from the target's own activation": lambda: on_answers(True),
+    }
 
 
 def _folder(factor: str, level: str) -> str:

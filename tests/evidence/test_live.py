@@ -12,7 +12,7 @@ from question_sets import write_sets
 
 import expertsteer_nnsight as es
 from evidence.live import choices as study
-from evidence.live import context, factors, generation
+from evidence.live import context, factors, generation, slopes
 from evidence.live import texts as text_study
 from evidence.live.__main__ import main
 from evidence.live.results import Results
@@ -233,7 +233,8 @@ def test_a_share_of_the_lead_is_of_bits_a_character():
 def test_every_level_is_measured_once_on_items_that_served_for_nothing_else(small, monkeypatch):
     monkeypatch.setattr(factors, "model", study.model)
     small_sets = {"general texts alone": (10, 0, True), "twice as many questions": (10, 12, True)}
-    for name, value in {"GENERAL": 10, "TRAINING": 6, "SCREENED": 4, "ITEMS": 6, "ANCHORS": small_sets}.items():
+    sizes = {"GENERAL": 10, "TRAINING": 6, "SCREENED": 4, "ITEMS": 6, "ANSWERED": 5, "VALIDATION": 3}
+    for name, value in {**sizes, "ANCHORS": small_sets}.items():
         monkeypatch.setattr(factors, name, value)
     monkeypatch.setitem(factors.SETTINGS, "aligner", {"ridge of rank 8": {"aligner": es.RidgeAligner(max_rank=8)}})
     measured(small, ["arc_easy"])
@@ -267,6 +268,11 @@ def test_every_level_is_measured_once_on_items_that_served_for_nothing_else(smal
         if factor == "layers":  # as many pairs as it says, of other target layers, with the amount among them
             assert len({t for _, t in changed["layers"]}) == len(changed["layers"]) == int(level[0])
             assert changed["amount"] == pytest.approx(chosen["amount"] / int(level[0]))
+        elif factor == "map":
+            target = chosen["layers"][0][1]
+            wanted = {} if level.startswith("centred") else {"op": "add"}
+            wanted |= {"layers": [(target, target)]} if level.startswith("the same") else {}
+            assert changed == {k: v for k, v in wanted.items() if v != base[k]}
         else:
             wanted = factors.SETTINGS.get(factor, {}).get(level, {})
             assert repr(changed) == repr({k: v for k, v in wanted.items() if v != base[k]})
@@ -282,6 +288,54 @@ def test_every_level_is_measured_once_on_items_that_served_for_nothing_else(smal
     assert "| arc_easy | follow | blend, 0.5 | 6 |" in factors.tables(results.lines)["factors"]
     monkeypatch.setattr(es.LiveExpert, "fit", lambda *a, **k: pytest.fail("measured again"))
     factors.measure("gemma-smol", "arc_easy", data, results, small / "out" / "states")
+
+
+def test_the_gradient_is_what_a_small_vector_adds_to_the_right_answer():
+    target, step = tiny.tiny("llama"), 1e-2
+    items = es.MultipleChoice(
+        [("Where do bees live?", [" In a hive", " In the sea", " On ice"], 0), ("Rain is", [" wet", " dry"], 1)]
+    )
+    for prompt, options, right in items.items:
+        slope = slopes.gradient(target, 1, prompt, options, right).double()
+        v = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(1)), dim=0)
+        plans = [
+            es.SteeringPlan([es.SteeringVector(1, sign * v, step, where="last_prompt")], target) for sign in (1, -1)
+        ]
+        (found,) = es.MultipleChoice([(prompt, options, right)]).options(target, plans)
+        up, down = torch.log_softmax(found[1:].double(), -1)[:, right]
+        assert float((up - down) / (2 * step)) == pytest.approx(float(slope @ v.double()), rel=0.02, abs=2e-3)
+
+
+def test_a_map_to_the_gradient_raises_the_answers_that_it_was_fitted_on(monkeypatch):
+    expert, target = tiny.tiny("gemma3", bos=True), tiny.tiny("llama")
+    items = es.MultipleChoice(
+        [(f"{story} Then", [" it rained", " they slept"], i % 2) for i, story in enumerate(STORIES)]
+    )
+    found = torch.stack([slopes.gradient(target, 1, *item) for item in items.items])
+    live = es.LiveExpert(layers=[(2, 1)], op="add").fit(expert, target, STORIES, progress=False)
+    monkeypatch.setattr(slopes, "ALPHAS", (0.01,))
+    monkeypatch.setattr(slopes, "SHARES", (0.001, 0.02))
+    made = slopes.best_map(live, items, found, items)
+    assert made.amount_ == 0.02 and made.layers_ == [(2, 1)] and live.amount_ == 1.0
+    unsteered, steered = items.score(target, [made]).mean(1)
+    assert steered > unsteered
+    z = made.maps_[2, 1](es.collect(expert, [p for p, _, _ in items.items], [2], progress=False)[2])
+    size = 0.02 * z.square().sum(1).mean().sqrt()
+    assert float(size) == pytest.approx(0.02 * live.maps_[2, 1].norm, rel=1e-3)
+
+
+def test_a_centred_map_has_the_mean_of_the_targets_own_activations():
+    expert, target = tiny.tiny("gemma3", bos=True), tiny.tiny("llama")
+    live = es.LiveExpert(layers=[(2, 1)]).fit(expert, target, STORIES, progress=False)
+    asked = [f"Question: {story}" for story in STORIES[:7]]
+    x, y = (es.collect(m, asked, [n], progress=False)[n] for m, n in ((expert, 2), (target, 1)))
+    made, before = slopes.centred(live, asked).maps_[2, 1], live.maps_[2, 1]
+    torch.testing.assert_close(made(x).mean(0), y.mean(0), rtol=1e-4, atol=1e-4)
+    shift = made(x) - before(x)  # the same everywhere, and what is expected of it moves along
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.mean - before.mean, shift[0], rtol=1e-4, atol=1e-4)
+    own = torch.cat([y, torch.ones(len(y), 1)], 1)
+    torch.testing.assert_close(own @ made.predictor - own @ before.predictor, shift, rtol=1e-4, atol=1e-4)
 
 
 # -- free answers ------------------------------------------------------------------------------------------------------
