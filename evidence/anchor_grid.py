@@ -37,6 +37,7 @@ from expertsteer_nnsight.match.layer_matching import LayerPair, match_layers
 from expertsteer_nnsight.models.identity import ModelIdentity
 from expertsteer_nnsight.models.positions import prefix_ids
 from expertsteer_nnsight.plotting import figure
+from expertsteer_nnsight.states.shards import VERSION as STATES
 from expertsteer_nnsight.steering.plan import SteeringPlan
 from expertsteer_nnsight.steering.vectors import SteeringVector
 from expertsteer_nnsight.texts.word_ends import shared_ends
@@ -197,7 +198,7 @@ def run(
     # all of them, because the others are a setting's anchors
     results, known = Results(out / "anchors.jsonl"), {name: concept(name, data) for name in CONCEPTS}
     for pair in pairs:
-        measure(Grid(pair, es.example("general"), known, out / "anchor_states"), results, concepts, aligners)
+        measure(Grid(pair, es.example("general"), known, out / f"anchor_states-{STATES}"), results, concepts, aligners)
     return results
 
 

@@ -33,6 +33,7 @@ from expertsteer_nnsight.measure.effects import Effect
 from expertsteer_nnsight.measure.judge import SentenceJudge
 from expertsteer_nnsight.measure.rollouts import completions, rollouts, variety
 from expertsteer_nnsight.measure.scoring import likelihoods
+from expertsteer_nnsight.states.shards import VERSION as STATES
 from expertsteer_nnsight.steering.plan import SteeringPlan, with_total
 from expertsteer_nnsight.texts.texts import texts_hash
 
@@ -281,7 +282,7 @@ def run(
         own: take the first `anchors` of the project's own generic texts, which need no data set.
         items: score the first so many of the test items; all of them if None.
     """
-    results, states = Results(out / "results.jsonl"), States(out / "states")
+    results, states = Results(out / "results.jsonl"), States(out / f"states-{STATES}")
     general, first = es.example("general"), next(iter(PAIRS))
     # every base first, then the factors: if time runs out, the least is left
     work = [(pair, name, "base") for pair in pairs for name in concepts if pair == first or name in REPORTING]

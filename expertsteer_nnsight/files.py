@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from uuid import uuid4
+
+from pydantic import ValidationError
 
 
 def library_versions() -> dict[str, str]:
@@ -25,7 +28,7 @@ def cache_folder() -> Path:
 
 
 def whole_file(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """What `write` puts in a file; it appears whole or not at all.
+    """What `write` puts in a file; it appears whole or not at all, whoever else writes it at the same time.
 
     Raises:
         ValueError: the path is a folder.
@@ -34,11 +37,22 @@ def whole_file(path: str | Path, write: Callable[[Path], object]) -> Path:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.unlink(missing_ok=True)
-    temporary.touch()
-    mode = temporary.stat().st_mode  # as the umask says; safetensors writes files that nobody else may read
-    write(temporary)
-    temporary.chmod(mode)
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid4().hex[:8]}.partial")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask says; safetensors writes files that nobody else may read
+        write(temporary)
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a header or a manifest, in a few words."""
+    if not isinstance(error, ValidationError):
+        return str(error) or type(error).__name__
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where or 'it'}: {first['msg']}"

@@ -19,6 +19,7 @@ from typing import Any
 import expertsteer_nnsight as es
 from expertsteer_nnsight.models.packaged import load
 from expertsteer_nnsight.plotting import figure, plot_doses, plot_layer_scores, plot_receipt
+from expertsteer_nnsight.states.shards import VERSION as STATES
 from expertsteer_nnsight.texts.overlap import check_disjoint
 from recipes.pair import print_continuations
 
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> es.Receipt:
     neutral = probe["neutral_texts"][:8]
     check_disjoint(es.example("general"), [*es.example("sentiment_pairs").texts, *words.prompts])
     recommended, controls = fit_arms(
-        expert, target, pairs, args.anchors, args.untrained, args.draws, args.seed, args.out / "states"
+        expert, target, pairs, args.anchors, args.untrained, args.draws, args.seed, args.out / f"states-{STATES}"
     )
     _say("Calibrating all arms to one KL, and measuring them.")
     towards, away = es.calibrate([recommended.plan_, -recommended.plan_], target, neutral, args.kl)

@@ -18,6 +18,7 @@ from expertsteer_nnsight.files import cache_folder
 from expertsteer_nnsight.measure.rollouts import completions, rollouts
 from expertsteer_nnsight.models.identity import ModelIdentity
 from expertsteer_nnsight.models.packaged import load
+from expertsteer_nnsight.states.shards import VERSION as STATES
 from expertsteer_nnsight.texts.texts import texts_hash
 
 ANCHORS = 400
@@ -66,7 +67,7 @@ def anchors() -> list[str]:
 def cache(preset: str = "recommended") -> Path:
     """Folder of the states that `ExpertSteer.recommended()` or `.paper()` reads: what to give to `fit` and `controls`."""
     key = texts_hash([es.__version__, *pairs().texts, *anchors()])[:12]
-    return cache_folder() / "recipes" / f"{preset}-{key}"
+    return cache_folder() / "recipes" / f"{preset}-{STATES}-{key}"
 
 
 def states(name: str, texts: str, preset: str = "recommended") -> es.Activations:

@@ -20,6 +20,7 @@ from evidence.live import choices, context, factors, generation, texts
 from evidence.live.results import Results
 from evidence.models import PAIRS
 from evidence.report import filled_with
+from expertsteer_nnsight.states.shards import VERSION as STATES
 
 PARTS = {"choices": choices, "factors": factors, "generation": generation, "texts": texts, "context": context}
 
@@ -42,20 +43,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.redraw and args.data is None and set(args.parts) != {"context"}:
         parser.error("--data is missing: name the folder of the data sets.")
     results, data = Results(args.out / "live.jsonl"), args.data or Path()
+    states = args.out / f"live_states-{STATES}"
     if not args.redraw:
         for pair, task in product(args.pairs, args.tasks if "choices" in args.parts else ()):
-            choices.measure(pair, task, data, results, args.out / "live_states", args.limit)
+            choices.measure(pair, task, data, results, states, args.limit)
         for pair, task in product(args.pairs, factors.TASKS if "factors" in args.parts else ()):
             if task in args.tasks:
-                factors.measure(pair, task, data, results, args.out / "live_states")
+                factors.measure(pair, task, data, results, states)
         for pair, task in product(args.pairs, generation.TASKS if "generation" in args.parts else ()):
             if task in args.tasks:
-                generation.measure(pair, task, data, results, args.out / "live_states")
+                generation.measure(pair, task, data, results, states)
         work = list(product(args.pairs, args.kinds if "texts" in args.parts else ()))
         for pair, kind in tqdm(work, desc="texts", disable=not work):
-            texts.measure(pair, kind, data, results, args.out / "live_states")
+            texts.measure(pair, kind, data, results, states)
         for pair, kind in product(args.pairs, context.KINDS if "context" in args.parts else ()):
-            context.measure(pair, kind, results, args.out / "live_states")
+            context.measure(pair, kind, results, states)
     made = {name: table for part in PARTS.values() for name, table in part.tables(results.lines).items()}
     print("\n\n".join(f"{name}\n\n{text}" for name, text in made.items()))
     if args.publish:

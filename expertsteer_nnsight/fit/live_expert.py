@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..align.aligner import Aligner, massive_coordinates, ordinary_rows
 from ..align.closed_form import CovarianceAligner, IdentityAligner, ProcrustesAligner, RidgeAligner
-from ..files import library_versions, whole_file
+from ..files import library_versions, reason, whole_file
 from ..measure.answers import AnswersReceipt
 from ..measure.effects import Effect, MultipleChoice
 from ..measure.rollouts import completions, rollouts
@@ -761,9 +761,7 @@ def _read_file(path: str | Path) -> tuple[_Header, dict[str, Tensor]]:
         for name in ("expert", "target"):
             ModelIdentity(**header.info[name])
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"The header of {path} is damaged: {place or 'it'}: {first['msg']}.") from None
+        raise ValueError(f"The header of {path} is damaged: {reason(error)}.") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"The header of {path} is damaged ({error}).") from None
     for i in range(len(header.maps)):

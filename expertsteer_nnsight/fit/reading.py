@@ -11,11 +11,12 @@ import torch
 from sklearn.base import clone
 from torch import Tensor
 
-from ..models.identity import ModelIdentity, fingerprint
+from ..models.identity import ModelIdentity
 from ..models.positions import prefix_ids
 from ..models.untrained import untrained_like
 from ..states.activations import Activations
 from ..states.collecting import collect
+from ..states.fingerprint import fingerprint, untold
 from ..texts.labelled import ContrastPairs, LabelledTexts
 from ..texts.overlap import overlap
 from ..texts.texts import Position, as_texts, texts_hash, tokenizer_of
@@ -147,7 +148,8 @@ class Reading:
         layers = self.layers[name == "target"]
         # the weights as well as the object: another model may lie where one that is gone has lain
         ends = self.ends if kind == "anchors" else None
-        key = (id(model), fingerprint(model, bool(remote)), texts_hash(texts), tuple(layers), self.position, str(ends))
+        same: Any = fingerprint(model, bool(remote)) if remote or untold(model) is None else object()
+        key = (id(model), same, texts_hash(texts), tuple(layers), self.position, str(ends))
         if key in self.kept:
             return self.kept[key]
         # apart from states of whole texts, so that presets with and without further places share a cache

@@ -30,9 +30,10 @@ except ImportError as error:
     ) from error
 
 from ..measure.continuations import Scorer, Text, has_border
-from ..models.identity import ModelIdentity, fingerprint
+from ..models.identity import ModelIdentity
 from ..models.positions import prefix_of
 from ..ndif.argument import host_of
+from ..states.fingerprint import fingerprint, tokenizer_fingerprint, untold
 from ..steering.plan import SteeringPlan, stack_plans
 from ..texts.texts import encode_continued, tokenizer_of
 
@@ -332,11 +333,13 @@ class SteeredLM(_HFLM):
         """
         store = getattr(cache_hook, "dbdict", None)
         if store is not None:
-            model = fingerprint(self.nn_model, remote=self.remote is not None)
-            tokens = [self.add_bos_token, self.prefix_token_id, self.max_length]
-            mine = {"model": f"{self.pretrained}, {model}", "plan": self._plan_hash(), "tokens": tokens}
+            tokens: list[Any] = [self.add_bos_token, self.prefix_token_id, self.max_length]
+            tokens.append(tokenizer_fingerprint(self.tokenizer))
+            mine: dict[str, Any] = {"model": _told(self.nn_model, self.remote is not None), "plan": self._plan_hash()}
+            mine["tokens"] = tokens
             if self.live is not None:
-                mine["expert"] = fingerprint(self.live.expert_, remote=bool(self.live.remote_))
+                mine["expert"] = _told(self.live.expert_, bool(self.live.remote_))
+                mine["expert's tokens"] = tokenizer_fingerprint(tokenizer_of(self.live.expert_))
             kept = store.get("expertsteer", mine if len(store) == 0 else None)
             if kept != mine:
                 raise ValueError(
@@ -399,6 +402,18 @@ def _loaded(
         return TransformersModel(str(name), **options)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return TransformersModel(str(name), dispatch=True, dtype=dtype, device_map=device, **options)
+
+
+def _told(model: Any, remote: bool) -> str:
+    """A model's fingerprint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    hidden = None if remote else untold(model)
+    if hidden is not None:
+        raise ValueError(f"No request cache can tell this model from others, because {hidden}: leave out --use_cache.")
+    return fingerprint(model, remote)
 
 
 def main() -> None:

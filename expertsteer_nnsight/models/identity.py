@@ -1,9 +1,7 @@
-"""Which model a plan or a cache belongs to: id, revision, width, depth, and a fingerprint of the weights."""
+"""Which model a plan belongs to, as far as its name and shape tell: id, revision, width, depth and class."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -69,21 +67,3 @@ class ModelIdentity:
 
     def __str__(self) -> str:
         return f"{self.name or self.kind} ({self.n_layers} layers, width {self.hidden_size})"
-
-
-def fingerprint(model: Any, remote: bool = False) -> str:
-    """Hash of a model's identity, configuration and a sample of its weights.
-
-    Two random initialisations of one configuration differ. Of a remote model, whose weights are elsewhere, the id and
-    revision stand for them.
-    """
-    digest = hashlib.sha256(json.dumps(ModelIdentity.of(model).to_dict(), sort_keys=True).encode())
-    config = config_of(model)
-    if hasattr(config, "to_dict"):
-        settings = {k: v for k, v in config.to_dict().items() if k != "transformers_version"}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, p in model._module.named_parameters():
-        digest.update(f"{name}{tuple(p.shape)}".encode())
-        if not (p.is_meta or remote):
-            digest.update(p.detach().flatten()[:8].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..models.identity import ModelIdentity, fingerprint
+from ..models.identity import ModelIdentity
 from ..models.positions import affixes
 from ..models.residual import Residual
 from ..ndif.argument import host_of
 from ..texts.texts import Position, as_texts, encode, texts_hash, token_index, tokenizer_of
 from ..texts.word_ends import token_ends
 from .activations import Activations
+from .fingerprint import files_of, fingerprint, untold
 from .forward import batches, forward
-from .shards import joined, kept_until_done, open_cache, write_shard
+from .shards import joined, kept_until_done, model_of_files, open_cache, write_shard
 
 if TYPE_CHECKING:
     from ..ndif.host import Remote
@@ -97,15 +98,12 @@ def collect(
     first_row = [0, *accumulate(map(len, at))]
     n_rows = first_row[-1]
     identity = ModelIdentity.of(model)
-    settings = {"model": fingerprint(model, remote=host is not None), "texts": texts_hash(texts),
-                "tokens": texts_hash(map(str, encoded)), "layers": list(chosen), "position": rule,
-                "dtype": str(dtype)}  # fmt: skip
-    settings["ends"] = None if ends is None else texts_hash(str(list(mine)) for mine in ends)
-    edited = bool(getattr(model, "_edits", None))
-    if cache is not None and edited:
-        raise ValueError(
-            "An edited model's states cannot be kept in a cache, which could not tell the edit: omit cache=."
-        )
+    settings = {"texts": texts_hash(texts), "tokens": texts_hash(map(str, encoded)), "layers": list(chosen),
+                "position": rule, "dtype": str(dtype),
+                "ends": None if ends is None else texts_hash(str(list(mine)) for mine in ends)}  # fmt: skip
+    hidden = untold(model)
+    if cache is not None and hidden is not None:
+        raise ValueError(f"No cache can tell this model from others, because {hidden}: omit cache=, or undo that.")
     lengths = [len(ids) for ids, _ in encoded]
     most, tokens = batch_size or 32, None
     if host is not None:
@@ -124,9 +122,13 @@ def collect(
 
     with ExitStack() as own:
         folder = None if cache is None else Path(cache)
-        if host is not None and cache is None and not edited:
-            # a caller that reads several times deletes them all when it has succeeded
-            folder = (_until or own).enter_context(kept_until_done(texts_hash([json.dumps(settings)])))
+        if host is not None:
+            settings["model"] = fingerprint(model, remote=True)
+            if cache is None and hidden is None:
+                # a caller that reads several times deletes them all when it has succeeded
+                folder = (_until or own).enter_context(kept_until_done(texts_hash([json.dumps(settings)])))
+        elif folder is not None:
+            settings["model"], settings["files"] = _who(model, folder)
         stored, held = (set(), chosen) if folder is None else open_cache(folder, settings)
         done = {i for i, row in enumerate(first_row[:-1]) if row in stored}  # the rows of a text are in one shard
         kept = len(done)
@@ -158,6 +160,20 @@ def collect(
         if folder is not None:
             memory = {f"{kind}.{i}": found._read(f"{kind}.{i}") for i in chosen for kind in ("layer", "norm")}
     return Activations(identity, chosen, n_rows, rule, None, memory, of)
+
+
+def _who(model: Any, folder: Path) -> tuple[str, str | None]:
+    """A local model's fingerprint, and the state of the files that it was made of, if it was loaded here.
+
+    A model that nnsight has not loaded yet is known by its files, where the cache was made of the same ones unchanged. Else it is
+    loaded: its weights may be those of the cache, wherever they lie.
+    """
+    files = None if getattr(model, "dispatched", True) else files_of(model)
+    known = model_of_files(folder, files)
+    if known is None:
+        known = fingerprint(model)
+        files = None if files != files_of(model) else files  # written while they were loaded
+    return known, files
 
 
 def _fill(memory: dict[str, Tensor], part: dict[str, Tensor], rows: list[int], n_rows: int) -> None:

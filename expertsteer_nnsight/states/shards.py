@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +15,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import cache_folder
+from ..files import cache_folder, reason, whole_file
 
 _log = logging.getLogger("expertsteer_nnsight")
 _MANIFEST = "manifest.json"
+VERSION = 2  # of what is kept in a folder, and of the fingerprint of its model
 
 
 @contextmanager
@@ -73,32 +74,86 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
+class _Manifest(BaseModel, extra="forbid", strict=True):
+    """What the shards of a folder were made of."""
+
+    version: int
+    model: str
+    texts: str
+    tokens: str
+    layers: list[int]
+    position: str
+    dtype: str
+    ends: str | None
+    files: list[str]
+
+
+def _manifest(folder: Path) -> _Manifest | None:
+    """The manifest of a folder; None where there is none.
+
+    Raises:
+        ValueError: it is damaged, or of another version of this package.
+    """
+    file = folder / _MANIFEST
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and known.get("version") != VERSION:
+            raise ValueError(
+                f"The cache {folder} was made by another version of expertsteer_nnsight: delete it, or pass another folder."
+            )
+        return _Manifest.model_validate(known)
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValidationError) as error:
+        raise ValueError(f"{file} is damaged ({reason(error)}): delete the folder, or pass another one.") from None
+
+
+def model_of_files(folder: Path, files: str | None) -> str | None:
+    """The model of a cache that was made of files in this state, which need not be loaded to know it."""
+    stored = None if files is None else _manifest(folder)
+    return stored.model if stored is not None and files in stored.files else None
+
+
 def open_cache(folder: Path, settings: dict[str, Any]) -> tuple[set[int], tuple[int, ...]]:
-    """Makes the folder of a cache, or finds which rows are in it; and the layers that it holds: those of `settings`, or more."""
-    manifest = folder / _MANIFEST
+    """Makes the folder of a cache, or finds which rows are in it; and the layers that it holds: those of `settings`, or more.
+
+    Args:
+        folder: of the cache.
+        settings: of its manifest; `files` is the state of the model's files, or None.
+
+    Raises:
+        ValueError: it was made of other settings, or is damaged, or is another folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if manifest.exists():
-        stored = json.loads(manifest.read_text())
-        differ = [k for k in settings if stored.get(k) != settings[k]]
+    files = [] if settings.get("files") is None else [settings["files"]]
+    wanted = _Manifest(version=VERSION, **{**settings, "files": files})
+    stored = _manifest(folder)
+    if stored is not None:
+        differ = [k for k in _Manifest.model_fields if k != "files" and getattr(stored, k) != getattr(wanted, k)]
         # other texts have other tokens; the same texts have them with another tokenizer or chat template
         differ = [k for k in differ if k != "tokens" or "texts" not in differ]
-        if differ == ["layers"] and set(settings["layers"]) < set(stored["layers"]):
+        if differ == ["layers"] and set(wanted.layers) < set(stored.layers):
             differ = []
         if differ:
             raise ValueError(
                 f"The cache {folder} was made with another {', '.join(differ)}: pass another folder, or delete this one."
             )
-        return {i for shard in shards_of(folder) for i in shard_index(shard)}, tuple(stored["layers"])
-    temporary = folder / f"{manifest.stem}.{os.getpid()}.partial"
-    if any(not (file.name.startswith(manifest.stem) and file.suffix == ".partial") for file in folder.iterdir()):
-        if manifest.exists():  # another process has made it since
+        if not set(files) <= set(stored.files):
+            _write(folder, stored.model_copy(update={"files": [*stored.files, *files]}))
+        return {i for shard in shards_of(folder) for i in shard_index(shard)}, tuple(stored.layers)
+    own = Path(_MANIFEST).stem
+    if any(not (file.name.startswith(own) and file.suffix == ".partial") for file in folder.iterdir()):
+        if (folder / _MANIFEST).exists():  # another process has made it since
             return open_cache(folder, settings)
         raise ValueError(
             f"The folder {folder} is not empty and holds no activations: pass an empty or a new one as cache=."
         )
-    temporary.write_text(json.dumps(settings))
-    os.replace(temporary, manifest)
-    return set(), tuple(settings["layers"])
+    _write(folder, wanted)
+    return set(), tuple(wanted.layers)
+
+
+def _write(folder: Path, manifest: _Manifest) -> None:
+    whole_file(folder / _MANIFEST, lambda to: to.write_text(manifest.model_dump_json(), encoding="utf-8"))
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -121,9 +176,7 @@ def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Adds a shard, whole or not at all, so that a kill leaves nothing half-written."""
     index = tensors["index"].tolist()
     file = folder / f"shard-{hashlib.sha256(str(index).encode()).hexdigest()[:12]}.safetensors"
-    temporary = file.with_suffix(f".{os.getpid()}.partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-    os.replace(temporary, file)
+    whole_file(file, lambda to: save_file({k: v.contiguous() for k, v in tensors.items()}, to))
 
 
 def read_rows(folder: Path, key: str, texts: int) -> Tensor:

@@ -7,14 +7,14 @@ import torch
 from planted import GENERAL, PAIRS, cosine, planted, shifted
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from tiny import PROMPTS, build, tiny
+from tiny import PROMPTS, build, tiny, watching
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.align.controls import PermutedAligner
 from expertsteer_nnsight.directions.find import find_direction
 from expertsteer_nnsight.fit.control_arms import control_arms, text_features
-from expertsteer_nnsight.models.identity import fingerprint
 from expertsteer_nnsight.models.untrained import untrained_like
+from expertsteer_nnsight.states.fingerprint import fingerprint
 from expertsteer_nnsight.steering.plan import random_plans
 from expertsteer_nnsight.texts.labelled import ContrastPairs, LabelledTexts
 
@@ -28,7 +28,7 @@ class Counted:
     def __init__(self, **blocks):
         self.of = dict.fromkeys(blocks, 0)
         for name, block in blocks.items():
-            block.register_forward_hook(lambda *_, name=name: self.of.__setitem__(name, self.of[name] + 1))
+            block.register_forward_hook(watching(lambda *_, name=name: self.of.__setitem__(name, self.of[name] + 1)))
 
 
 def equal(a, b):

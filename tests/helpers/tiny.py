@@ -12,6 +12,13 @@ import transformers as tr
 from nnsight.modeling.transformers import TransformersModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+
+def watching(hook):
+    """A hook that looks as if a library had put it there: it changes nothing, so that a cache need not be refused."""
+    hook.__module__ = "torch"
+    return hook
+
+
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -9,6 +9,7 @@ import pytest
 
 import expertsteer_nnsight as es
 from expertsteer_nnsight.models.packaged import model_path
+from expertsteer_nnsight.states.shards import VERSION as STATES
 from recipes.demo import main
 from recipes.steer_on_ndif import load
 
@@ -61,7 +62,7 @@ def test_a_plan_from_an_untrained_expert_is_told_to_contribute_nothing(demo):
     folder, _ = demo
     expert, target = (load(str(model_path(name)), here=True) for name in ("gemma-3-270m", "SmolLM2-135M-Instruct"))
     pairs, probe = es.example("sentiment_pairs").split("train"), es.example("sentiment_probe")
-    anchors, cache = es.example("general")[:400], folder / "states" / "recommended"  # nothing is read again
+    anchors, cache = es.example("general")[:400], folder / f"states-{STATES}" / "recommended"  # nothing is read again
     steer = es.ExpertSteer.recommended()
     steer.fit(expert, target, pairs, anchors, cache=cache)
     controls = steer.controls(expert, target, pairs, anchors, untrained=3, draws=0, cache=cache)

@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tiny import ARCHITECTURES, PROMPTS, build, hooks, tiny
+from tiny import ARCHITECTURES, PROMPTS, build, hooks, tiny, watching
 from torch import Tensor
 
 from expertsteer_nnsight.models.positions import prefix_ids
@@ -82,7 +82,7 @@ def counted(*modules, at=None, error=None):
 
         return run
 
-    handles = [m.register_forward_pre_hook(hook(i)) for i, m in enumerate(modules)]
+    handles = [m.register_forward_pre_hook(watching(hook(i))) for i, m in enumerate(modules)]
     try:
         yield counts
     finally:
@@ -292,11 +292,11 @@ import sys, time
 sys.path[:0] = {tests!r}
 import torch
 torch.set_num_threads(1)
-from tiny import build
+from tiny import build, watching
 from test_activations import TEXTS, blocks
 from expertsteer_nnsight.states.collecting import collect
 model = build(seed=5)
-blocks(model)[0].register_forward_pre_hook(lambda *_: time.sleep(0.5))
+blocks(model)[0].register_forward_pre_hook(watching(lambda *_: time.sleep(0.5)))
 collect(model, TEXTS, cache=sys.argv[1], shard_size=2, batch_size=2, progress=False)
 """
 
@@ -446,7 +446,7 @@ def test_memory_does_not_grow_with_the_texts_where_there_is_a_cache(tmp_path):
         peaks[-1] = max(peaks[-1], sum(o.numel() for o in gc.get_objects() if type(o) is Tensor))
 
     gc.freeze()  # look at what is made from here on only
-    handle = blocks(model)[0].register_forward_pre_hook(measure)
+    handle = blocks(model)[0].register_forward_pre_hook(watching(measure))
     try:
         for n in (16, 64):
             for cache in (tmp_path / str(n), None):
