@@ -6,9 +6,8 @@ import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
-
-from pydantic import ValidationError
 
 
 def library_versions() -> dict[str, str]:
@@ -50,9 +49,9 @@ def whole_file(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with a header or a manifest, in a few words."""
-    if not isinstance(error, ValidationError):
+    """What is wrong with a header or a manifest, in a few words; the first thing that pydantic's validation found."""
+    if not hasattr(error, "errors"):
         return str(error) or type(error).__name__
-    first = error.errors()[0]
+    first: dict[str, Any] = error.errors()[0]  # type: ignore[attr-defined]
     where = ".".join(map(str, first["loc"]))
     return f"{where or 'it'}: {first['msg']}"
