@@ -266,6 +266,8 @@ class SteeringPlan:
         plan = SteeringPlan(self.vectors, self.target, {}, self.prompts)  # what is known of its making need not travel
         with model.edit() as (_tracer, edited):
             _every_step(plan, edited, any_id)
+        if getattr(model, "dispatched", True) is False:
+            edited.dispatch = _LoadOnce(model, edited)
         return edited
 
     def to_transformer_lens(self, bridge: Any, any_id: bool = False) -> list[Any]:
@@ -401,6 +403,25 @@ def _check_rows(vector: SteeringVector, h: Tensor, what: str) -> None:
             f"This block owns {expected} rows, but the layer has {len(h)}: beams, num_return_sequences or repeated rows mix "
             f"the rows of a batch, so they cannot be steered apart. Use one invoke and one strength, or plan.attach(model)."
         )
+
+
+class _LoadOnce:
+    """The `dispatch` of an edited copy of a model whose weights are not loaded yet: it loads the model, and shares its weights.
+
+    On a server, where the weights are, nothing of it arrives.
+    """
+
+    def __init__(self, model: Any, edited: Any) -> None:
+        self.model, self.edited = model, edited
+
+    def __call__(self) -> None:
+        self.model.dispatch()
+        own = ("_edits", "dispatch")
+        self.edited.__dict__.update({k: v for k, v in self.model.__dict__.items() if k not in own})
+        self.edited.__dict__.pop("dispatch", None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bool, ()
 
 
 def _every_step(plan: SteeringPlan, model: Any, any_id: bool) -> None:

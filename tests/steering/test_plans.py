@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 
 import nnsight
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nnsight.modeling.transformers import TransformersModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import PROMPTS, build, hooks, tiny
@@ -563,3 +565,23 @@ def test_damaged_places_and_prompts_of_a_file_are_refused(tmp_path, damage, told
     save_file(tensors, path, metadata={**meta, "plan": json.dumps(plan)})
     with pytest.raises(ValueError, match=told):
         SteeringPlan.load(path)
+
+
+def test_copies_of_a_model_that_is_not_loaded_share_the_weights_that_the_first_of_them_loads(tmp_path):
+    made = build("llama", seed=3)
+    made._module.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    plan = single(vector(1, strength=5.0))
+    expected = [tokens(one.attach(made), PROMPTS[:2]) for one in (plan, -plan)] + [tokens(made, PROMPTS[:2])]
+    model = TransformersModel(str(tmp_path), task="text-generation")
+    first, second = plan.attach(model), (-plan).attach(model)
+    third = (0.0 * plan).attach(first)  # a copy of a copy
+    found = [tokens(second, PROMPTS[:2]), tokens(model, PROMPTS[:2]), tokens(first, PROMPTS[:2])]
+    assert [torch.equal(a, b) for a, b in zip(found, [expected[i] for i in (1, 2, 0)], strict=True)] == [True] * 3
+    assert torch.equal(tokens(third, PROMPTS[:2]), expected[0])
+    assert len({next(one._module.parameters()).data_ptr() for one in (model, first, second, third)}) == 1
+    late = plan.attach(model)
+    assert torch.equal(tokens(late, PROMPTS[:2]), expected[0])
+    assert next(late._module.parameters()).data_ptr() == next(model._module.parameters()).data_ptr()
+    far = plan.attach(TransformersModel(str(tmp_path), task="text-generation"))
+    assert pickle.loads(pickle.dumps(far.dispatch)) is False and not far.dispatched
