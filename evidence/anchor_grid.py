@@ -278,11 +278,15 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
                 found = {n: over(table.arm(pair, CONCEPTS, name, level(n, k), "expert"), native) for n in ANCHORS}
                 shown = {n: value[0] for n, value in found.items() if value}
                 ax.plot(list(shown), list(shown.values()), "o-", ms=4, color=str(shade), label=f"{k} further places")  # fmt: skip
+            if not any(line["pair"] == pair and line["factor"] == name for line in lines):
+                ax.axis("off")
+                continue
             ax.axhline(1, color="0.6", lw=0.8, ls=":")
             ax.set_xlim(0.9 * ANCHORS[0], 1.1 * ANCHORS[-1])
             ax.set_xscale("log")
-            ax.set_xticks(ANCHORS, labels=map(str, ANCHORS), minor=False)
-            ax.set_ylim(0, 1.25)
+            ax.set_xticks(ANCHORS, labels=map(str, ANCHORS))
+            ax.set_xticks([], minor=True)
+            ax.set_ylim(0, 1.3)
             ax.set_title(f"{pair}: {name}", fontsize=10)
             ax.set_xlabel("anchors")
             ax.set_ylabel("share of the native effect, median")

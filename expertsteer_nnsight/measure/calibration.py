@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..arguments import count, number
 from ..steering.plan import SteeringPlan, with_total
 from ..texts.texts import as_texts, texts_hash
 from .rollouts import rollouts
@@ -99,22 +100,29 @@ def calibrate_many(
         quantile: of KL(steered || unsteered) over all tokens.
         tolerance: relative, on the KL.
         start: first strength tried, in residual norms.
-        limit: largest strength tried.
+        limit: largest strength tried, in residual norms.
         rounds: most rounds.
         rows: plans a forward (`in_rows`).
         remote: True, "http://...", or a `Remote`: run on NDIF.
         progress: show a progress bar.
 
     Raises:
-        ValueError: no budget above zero, strengths a row, or plans that steer none of the tokens.
+        ValueError: a number out of its range, strengths a row, plans that steer none of the tokens, or a model without finite
+            outputs.
     """
-    if not kl_budget > 0:
-        raise ValueError(f"kl_budget is {kl_budget}: it must be above 0, in nats.")
+    number("kl_budget", kl_budget, above=0)
+    number("quantile", quantile, above=0, most=1)
+    for name, value in (("tolerance", tolerance), ("start", start), ("limit", limit)):
+        number(name, value, above=0)
+    count("rounds", rounds, 1)
+    if rows is not None:
+        count("rows", rows, 1)
     texts = encoded(model, texts)
     curves: list[list[tuple[float, float]]] = [[] for _ in plans]
     nlls: dict[tuple[int, float], float] = {}
     unsteered = math.nan
     several = len(plans) <= _FEW
+    start = min(start, limit / (2.0 if several else 1.0))
     tries = [[start * f for f in ((0.25, 0.5, 1.0, 2.0) if several else (1.0,))] for _ in plans]
     with tqdm(total=len(plans), desc="calibrated", unit="plan", disable=not progress) as bar:
         for _ in range(rounds):
@@ -234,7 +242,8 @@ def calibrate(
         budget, the KL that was reached, whether that meets the budget, and the curve of every (strength, KL) tried.
 
     Raises:
-        ValueError: a strength of zero or for each row, no budget above zero, no prompts, or a plan that steers none of the tokens.
+        ValueError: a strength of zero or for each row, a number out of its range, no prompts, a plan that steers none of the
+            tokens, or a model without finite outputs.
 
     Warns:
         UserWarning: the budget cannot be met; the plan then has the strength that comes nearest.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import nnsight
@@ -143,7 +144,7 @@ def test_a_completion_plan_is_calibrated_on_every_token_of_a_text():
 
 def test_what_has_no_strength_to_be_calibrated_is_refused():
     for budget in (0, -1):
-        with pytest.raises(ValueError, match="must be above 0"):
+        with pytest.raises(ValueError, match="must be a finite number above 0"):
             calibrate(plans(1)[0], tiny("llama"), PROMPTS, budget)
     rows = plans(1)[0].with_(strength=torch.tensor([0.1, 0.2]))
     with pytest.raises(ValueError, match="no one strength"):
@@ -245,3 +246,31 @@ def test_neutral_tokens_are_the_prompts_and_the_unsteered_greedy_continuation(bo
         expected = made[0].tolist()
         end = next((i for i, t in enumerate(expected) if i >= len(ids) and t == 2), len(expected))
         assert text.ids == expected[:end] and text.prefix == int(bos)
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("limit", [0.01, 0.2, 0.9])
+def test_no_strength_beyond_the_limit_is_tried_or_given(limit, several):
+    made = plans(1 if several else 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = calibrate_many(tiny("llama"), made, PROMPTS, 50.0, limit=limit, rounds=6)
+    assert max(size for curve in found.curve for size, _ in curve) <= limit * (1 + 1e-9)
+    assert float(found.strength.max()) <= limit * (1 + 1e-9)
+
+
+WRONG = {
+    "kl_budget": (float("nan"), float("inf"), 0, -1, True),
+    "quantile": (float("nan"), 0.0, 1.5),
+    "tolerance": (float("nan"), 0.0, float("inf")),
+    "limit": (float("nan"), 0, -2, float("inf")),
+    "start": (float("nan"), 0.0),
+    "rounds": (0, -1),
+    "rows": (0, -3),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(k, v) for k, values in WRONG.items() for v in values])
+def test_a_number_out_of_its_range_is_named(name, value):
+    with pytest.raises(ValueError, match=rf"{name} is {value!r}: it must be a (finite|whole) number"):
+        calibrate_many(tiny("llama"), plans(1), PROMPTS[:1], **{"kl_budget": 0.1, name: value})
