@@ -27,11 +27,11 @@ def number(
     Raises:
         ValueError: it is not.
     """
-    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    fits = fits and (above is None or value > above) and (least is None or value >= least)
-    if not fits or (most is not None and value > most):
+    given = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    fits = math.isfinite(given) and (above is None or given > above) and (least is None or given >= least)
+    if not fits or (most is not None and given > most):
         raise ValueError(f"{name} is {value!r:.60}: it must be a finite number{_range(above, least, most)}.")
-    return float(value)
+    return given
 
 
 def count(name: str, value: Any, least: int = 0) -> int:
