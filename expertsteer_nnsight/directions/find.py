@@ -138,15 +138,27 @@ def _find(
 
 
 def _held_out(
-    X: Tensor, y: Tensor, method: Any, kind: Kind | None, groups: Any, random_state: Any, folds: int, settings: dict
+    X: Tensor,
+    y: Tensor,
+    method: Any,
+    kind: Kind | None,
+    groups: Any,
+    random_state: Any,
+    folds: int,
+    same: Any,
+    settings: dict[str, Any],
 ) -> dict[str, float]:
+    """Means over the folds on which the method finds a direction, which few rows may not be enough for."""
     names, labels = None if groups is None else np.asarray(groups), y.cpu().numpy()
     scores: dict[str, list[float]] = {"held_out_auc": [], "held_out_correlation": []}
-    for train, test in grouped_folds(labels, names, folds, random_state) if folds else ():
+    for train, test in grouped_folds(labels, names, folds, random_state, same) if folds else ():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said once, of all rows
             some = None if names is None else names[train]
-            found = _find(X[train], y[train], method, kind, some, random_state, settings)
+            try:
+                found = _find(X[train], y[train], method, kind, some, random_state, settings)
+            except ValueError:
+                continue
         along = X[test] @ found.vector.reshape(-1, X.shape[1])[0]
         scores["held_out_correlation"].append(pearson(y[test], along))
         if is_binary(labels):
@@ -163,6 +175,7 @@ def find_direction(
     random_state: Any = 0,
     *,
     folds: int = 5,
+    same: Any = None,
     **settings: Any,
 ) -> Direction:
     """The direction in `X` that goes with `y`.
@@ -180,7 +193,8 @@ def find_direction(
         groups: [n] names, such as the number of the contrast pair; the rows of one group stay on one side of a split.
         random_state: seed of the splits and of PCA's signs.
         folds: for `details["held_out_auc"]` and `["held_out_correlation"]` the whole search is repeated on this many
-            grouped folds; 0 leaves them out.
+            grouped folds; 0 leaves them out. There are none where no fold has enough rows.
+        same: [n] names of which copies share one, such as `LabelledTexts.same`: no fold has copies of a row on both sides.
         settings: passed on: those of `RecursiveFeatureMachine` for rfm, `n_components` for pca, `C` for logistic,
             `shrinkage` in [0, 1] for lda.
 
@@ -193,7 +207,7 @@ def find_direction(
     """
     rows, labels = _checked(X, y, groups)
     direction = _find(rows, labels, method, kind, groups, random_state, settings)
-    held_out = _held_out(rows, labels, method, kind, groups, random_state, folds, settings)
+    held_out = _held_out(rows, labels, method, kind, groups, random_state, folds, same, settings)
     return replace(direction, details={**held_out, **direction.details})
 
 
@@ -206,6 +220,7 @@ def held_out_auc(
     random_state: Any = 0,
     *,
     folds: int = 5,
+    same: Any = None,
     **settings: Any,
 ) -> float:
     """Mean over grouped folds of the AUC of a direction found on the others; arguments as in `find_direction`.
@@ -214,7 +229,7 @@ def held_out_auc(
         ValueError: y has more than two values, or no fold has both classes on both sides.
     """
     rows, labels = _checked(X, y, groups)
-    found = _held_out(rows, labels, method, kind, groups, random_state, folds, settings)
+    found = _held_out(rows, labels, method, kind, groups, random_state, folds, same, settings)
     if "held_out_auc" not in found:
         seen = len(labels.unique())
         raise ValueError(f"AUC needs two classes in each of {folds} folds, but y has {seen}: add groups.")

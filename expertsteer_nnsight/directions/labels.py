@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import column_or_1d
 from torch import Tensor
@@ -88,8 +90,23 @@ def row_space(X: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n r"], Float[Tens
     return R.T.contiguous(), Q
 
 
-def grouped_folds(y: np.ndarray, groups: Any, folds: int, random_state: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Train and test rows of each fold; folds where either side lacks one of two classes are left out."""
+def joined_groups(groups: Any, same: Any) -> np.ndarray:
+    """Number of each row's group where groups that have a name of `same` in common are one."""
+    (_, left), (_, right) = (np.unique(np.asarray(names), return_inverse=True) for names in (groups, same))
+    size, shift = int(left.max()) + int(right.max()) + 2, int(left.max()) + 1
+    links = coo_array((np.ones(len(left)), (left, right + shift)), shape=(size, size))
+    return connected_components(links, directed=False)[1][left]
+
+
+def grouped_folds(
+    y: np.ndarray, groups: Any, folds: int, random_state: Any, same: Any = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Train and test rows of each fold; folds where either side lacks one of two classes are left out.
+
+    Rows of one name in `same` are copies of one another: groups that share one stay on one side together.
+    """
+    if same is not None:
+        groups = joined_groups(np.arange(len(y)) if groups is None else groups, same)
     number = np.floor(folds * group_positions(y.astype(np.float64), groups, random_state))
     for k in np.unique(number):
         train, test = np.flatnonzero(number != k), np.flatnonzero(number == k)

@@ -221,8 +221,9 @@ class ExpertSteer(BaseEstimator):
                 warnings.warn(f"{overlap_message(read.anchors, shared)}: take them out.", UserWarning, stacklevel=2)
             validate = None if validation is None else partial(sweep, target, validation=validation)
             own = read.target_labelled()
+            texts = read.labelled
             self.fit_activations(
-                *read.fit_states(), groups=read.labelled.groups, validate=validate, labelled_target=own
+                *read.fit_states(), groups=texts.groups, validate=validate, labelled_target=own, same=texts.same
             )
         self.states_ = kept
         info = {**self.plan_.info, **read.record(len(shared))}
@@ -303,6 +304,7 @@ class ExpertSteer(BaseEstimator):
         groups: Any = None,
         validate: Callable[[SteeringPlan, list[LayerPair]], list[tuple[LayerPair, float]]] | None = None,
         labelled_target: OwnLabelled | None = None,
+        same: Any = None,
     ) -> SteeringPlan:
         """The same from states that are there already: how controls and ablations share one reading of the models.
 
@@ -317,13 +319,14 @@ class ExpertSteer(BaseEstimator):
             labelled_target: target states of the labelled texts, layer -> `[text, d_target]`. With them the plan tells the
                 cosine of each vector with the target's own direction, which predicts whether it steers (`native_cosine` of
                 a pair in `plan.info["pairs"]`). The vectors do not depend on it.
+            same: names of the labelled texts of which equal ones share one (`find_direction`).
 
         Raises:
             ValueError: a layer is missing, or settings contradict each other.
         """
         states = (labelled, labels, expert_anchors, target_anchors, groups)
         self.scores_, self.sweep_, self.pairs_ = self._chosen_pairs(*states, validate)
-        self.aligners_, self.directions_, self.plan_ = self._fitted_pairs(self.pairs_, *states, labelled_target)
+        self.aligners_, self.directions_, self.plan_ = self._fitted_pairs(self.pairs_, *states, labelled_target, same)
         return self.plan_
 
     def _reading(
@@ -392,6 +395,7 @@ class ExpertSteer(BaseEstimator):
         target_anchors: Activations,
         groups: Any,
         labelled_target: OwnLabelled | None,
+        same: Any,
     ) -> tuple[list[Any], list[Direction], SteeringPlan]:
         """An aligner and a direction for each pair, and the plan of their vectors."""
         text_of = torch.tensor(getattr(target_anchors, "text_of", None) or range(len(target_anchors[pairs[0].target])))
@@ -406,7 +410,7 @@ class ExpertSteer(BaseEstimator):
             r2 = held_out_r2(aligner, anchors[rows], y[rows], text_of[rows], self.random_state)
             aligner.fit(anchors[rows], y[rows])
             x = aligner.transform(x) if self.space == "target" else x
-            found = find_direction(x, labels, self.direction, self.kind, groups, self.random_state)
+            found = find_direction(x, labels, self.direction, self.kind, groups, self.random_state, same=same)
             v = found.vector if self.space == "target" else aligner.map_direction(found.vector, found.space)
             v = v if v.ndim == 1 else v[0]
             aligners.append(aligner)

@@ -43,7 +43,7 @@ from ..states.collecting import collect
 from ..states.continued import continued_states
 from ..steering.plan import SteeringPlan
 from ..steering.vectors import SteeringVector, stack
-from ..texts.texts import Text, as_texts, encode, texts_hash, tokenizer_of
+from ..texts.texts import Text, as_texts, encode, once, texts_hash, tokenizer_of
 from ..texts.word_ends import continued_ends, shared_ends
 from .reading import check_layer_pairs, held_out_r2
 
@@ -190,7 +190,7 @@ class LiveExpert(BaseEstimator):
             RemoteFailure: a host, a key or a model cannot be used, or a job failed.
         """
         self._check()
-        texts = as_texts(anchors)
+        texts = once(as_texts(anchors), "anchors")
         folders = (None, None) if cache is None else (Path(cache) / "expert", Path(cache) / "target")
         if self.gate == "validation" and _prompts_of(validation) is None:
             raise ValueError(

@@ -19,7 +19,7 @@ from ..states.collecting import collect
 from ..states.fingerprint import fingerprint, untold
 from ..texts.labelled import ContrastPairs, LabelledTexts
 from ..texts.overlap import overlap
-from ..texts.texts import Position, as_texts, texts_hash, tokenizer_of
+from ..texts.texts import Position, as_texts, once, texts_hash, tokenizer_of
 from ..texts.word_ends import prefixes, shared_ends
 
 
@@ -75,7 +75,7 @@ class Reading:
             n = len(self.texts)
             labels, groups = [1] * n + [0] * n, [*range(n)] * 2
             self.labelled = LabelledTexts(self.texts * 2, labels, groups, "expert_minus_base")
-        self.anchors, self.position, self.anchor_ends = as_texts(anchors), position, anchor_ends
+        self.anchors, self.position, self.anchor_ends = once(as_texts(anchors), "anchors"), position, anchor_ends
         self.layers = layers(expert, ModelIdentity.of(models["target"][0]))
         known = [(t, len(prefix_ids(t))) for t in (tokenizer_of(models[name][0]) for name in ("expert", "target"))]
         self.ends = shared_ends(self.anchors, known, anchor_ends, random_state) if anchor_ends else None

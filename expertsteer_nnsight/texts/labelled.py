@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .texts import Text, as_texts, json_lines
+from .texts import Text, as_texts, copies, json_lines
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,11 @@ class ContrastPairs(Sequence):
         return [1, 0] * len(self)
 
     @property
+    def same(self) -> list[int]:
+        """For each text the number of the first one that is equal to it, in the order of `texts`."""
+        return copies(self.texts)
+
+    @property
     def groups(self) -> list[int]:
         """Number of the pair that each text belongs to, in the order of `texts`."""
         return [i for i in range(len(self)) for _ in range(2)]
@@ -187,6 +192,11 @@ class LabelledTexts:
         source = self.source or ("classes" if len(set(labels)) == 2 else "real")
         for name, value in (("texts", texts), ("labels", labels), ("groups", groups), ("source", source)):
             object.__setattr__(self, name, value)
+
+    @property
+    def same(self) -> list[int]:
+        """For each text the number of the first one that is equal to it."""
+        return copies(self.texts)
 
     @classmethod
     def of(cls, texts: Any) -> LabelledTexts:

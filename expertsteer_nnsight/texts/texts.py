@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,30 @@ def texts_hash(texts: Iterable[Text]) -> str:
     for text in texts:
         digest.update(json.dumps(text).encode() + b"\n")
     return digest.hexdigest()[:16]
+
+
+def copies(texts: Iterable[Text]) -> list[int]:
+    """For each text the number of the first one that is equal to it, which is its own where none is."""
+    first: dict[str, int] = {}
+    return [first.setdefault(json.dumps(text), i) for i, text in enumerate(texts)]
+
+
+def once(texts: Sequence[Text], what: str) -> list[Text]:
+    """Each text once, in their order.
+
+    Warns:
+        UserWarning: some are there several times.
+    """
+    found = [text for i, (text, first) in enumerate(zip(texts, copies(texts), strict=True)) if i == first]
+    if len(found) < len(texts):
+        repeated = next(text for i, (text, first) in enumerate(zip(texts, copies(texts), strict=True)) if i != first)
+        warnings.warn(
+            f"{len(texts) - len(found)} of the {len(texts)} {what} repeat another one (such as {plain(repeated)[:60]!r}): each is "
+            "read once.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 def tokenizer_of(model: Any) -> Any:

@@ -399,3 +399,28 @@ def test_nan_states_and_pattern_of_a_displacement():
     X[3, 3] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity in 1 of 80 rows"):
         find_direction(X, y)
+
+
+@pytest.mark.parametrize("method", ["lda", "mean_difference", "logistic"])
+def test_copies_of_a_row_are_not_tested_where_one_is_learnt_from(method):
+    gen = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 64, generator=gen)
+    y = [1, 0] * 20  # of noise
+    rows, labels = torch.cat([X, X, X]), y * 3
+    leaking = find_direction(rows, labels, method).details["held_out_auc"]
+    assert leaking > 0.9
+    honest = find_direction(rows, labels, method, same=[*range(40)] * 3).details.get("held_out_auc", 0.5)
+    assert honest < 0.85
+    shuffled = [find_direction(torch.randn(120, 64, generator=gen), labels, method, same=range(120)) for _ in range(3)]
+    assert all(one.details["held_out_auc"] < 0.85 for one in shuffled)
+
+
+@pytest.mark.filterwarnings("ignore:A class has", "ignore:The direction's correlation")
+@pytest.mark.parametrize(("method", "rows"), [("pca", 4), ("rfm", 6), ("lda", 4), ("logistic", 4)])
+def test_few_pairs_give_a_direction_without_what_needs_more_of_them(method, rows):
+    X = torch.randn(rows, 16, generator=torch.Generator().manual_seed(1))
+    groups = [i // 2 for i in range(rows)]
+    found = find_direction(X, [1, 0] * (rows // 2), method, groups=groups)
+    expected = find_direction(X, [1, 0] * (rows // 2), method, groups=groups, folds=0)
+    torch.testing.assert_close(found.vector, expected.vector)
+    assert set(expected.details) <= set(found.details)

@@ -391,3 +391,27 @@ def test_a_sweep_takes_the_layers_that_steer_best_on_validation_items():
         target, {"one": SteeringPlan(one.vectors)}, validation.effect, PROMPTS, 0.05, rollout=4, progress=False
     )
     assert again.arms["one"]["effect"] == pytest.approx(steer.sweep_[0][1], rel=0.1)
+
+
+def told_of_pairs(pairs, anchors, direction="lda"):
+    """What a fit of one layer pair tells of its step."""
+    steer = es.ExpertSteer(es.RidgeAligner(), layers=[(1, 2)], direction=direction)
+    return steer.fit(tiny("llama"), tiny("gpt2"), pairs, anchors, progress=False).info["pairs"][0]
+
+
+def test_repeated_texts_make_no_diagnostic_better_and_are_said():
+    texts = [f"{i} {'abcdefgh'[i % 8]}{i * i} {7 * i} {'xyz'[i % 3]}" for i in range(24)]
+    pairs = [(texts[2 * i], texts[2 * i + 1]) for i in range(12)]  # labels at random
+    once = told_of_pairs(pairs, GENERAL)
+    with pytest.warns(UserWarning, match=rf"{2 * len(GENERAL)} of the {3 * len(GENERAL)} anchors repeat another one"):
+        thrice = told_of_pairs(pairs * 3, GENERAL * 3)
+    assert thrice["held_out_r2"] == pytest.approx(once["held_out_r2"], abs=1e-6)
+    assert thrice.get("held_out_auc", 0.5) < 0.9
+
+
+def test_a_text_that_all_pairs_share_leaves_the_pairs_as_they_are():
+    pairs = [(f"{i} {i * i} xyz", "one and the same") for i in range(16)]
+    assert "held_out_auc" not in told_of_pairs(
+        pairs, GENERAL, "mean_difference"
+    )  # the negative text is in every pair, so that no fold can be held out
+    assert LabelledTexts.of(pairs).same[1::2] == [1] * 16
