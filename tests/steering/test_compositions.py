@@ -259,7 +259,7 @@ def test_two_halves_are_the_whole(case):
 def test_an_own_plan_is_the_mean_difference_of_the_models_own_states(name):
     case = case_of(("llama",) if name == "llama" else name)
     layers = case.plan.layers[:2]
-    found = own_plan(case.model, TENSE, layers, PROMPTS * 6, position="mean")
+    found = own_plan(case.model, TENSE, layers, [f"{p} {i}" for p in PROMPTS for i in range(6)], position="mean")
     states = es.collect(case.model, es.ContrastPairs.of(TENSE).texts, layers, "mean", progress=False)
     for vector in found.vectors:
         difference = (states[vector.layer][::2] - states[vector.layer][1::2]).mean(0)
