@@ -274,13 +274,13 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     for row, pair in zip(np.atleast_2d(axes), pairs, strict=True):
         native = table.arm(pair, CONCEPTS, "native", "native", "native")
         for ax, name in zip(row, ("ridge", "procrustes, a tenth"), strict=False):
+            if not any(line["pair"] == pair and line["factor"] == name for line in lines):
+                ax.axis("off")
+                continue
             for shade, k in zip(np.linspace(0.85, 0.1, len(PLACES)), PLACES, strict=True):
                 found = {n: over(table.arm(pair, CONCEPTS, name, level(n, k), "expert"), native) for n in ANCHORS}
                 shown = {n: value[0] for n, value in found.items() if value}
                 ax.plot(list(shown), list(shown.values()), "o-", ms=4, color=str(shade), label=f"{k} further places")  # fmt: skip
-            if not any(line["pair"] == pair and line["factor"] == name for line in lines):
-                ax.axis("off")
-                continue
             ax.axhline(1, color="0.6", lw=0.8, ls=":")
             ax.set_xlim(0.9 * ANCHORS[0], 1.1 * ANCHORS[-1])
             ax.set_xscale("log")

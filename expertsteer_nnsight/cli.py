@@ -429,6 +429,8 @@ def _questions_of(path: Path) -> es.MultipleChoice:
     """Questions with options, from a file."""
     from pydantic import BaseModel, ValidationError
 
+    from .files import reason
+
     class Row(BaseModel, extra="ignore"):
         prompt: str
         options: list[str]
@@ -440,11 +442,7 @@ def _questions_of(path: Path) -> es.MultipleChoice:
             try:
                 rows.append(Row.model_validate_json(line, strict=True))
             except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(map(str, first["loc"]))
-                raise ValueError(
-                    f"Line {number} of {path}: {place or 'it'}: {first['msg']}. It needs {_ROWS}."
-                ) from None
+                raise ValueError(f"Line {number} of {path}: {reason(error)}. It needs {_ROWS}.") from None
     return es.MultipleChoice([(row.prompt, row.options, row.answer) for row in rows])
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from sklearn.base import BaseEstimator
 from torch import Tensor
 
 from ..numeric import as_matrix, unit
-from .labels import as_labels, auc, group_positions, grouped_folds, is_binary, pearson
+from .labels import as_labels, auc, grouped_folds, is_binary, pearson, row_names
 from .methods import METHODS, of_estimator
 
 Kind = Literal["gradient", "pattern"]
@@ -99,10 +100,11 @@ class Direction:
         return f"Direction({self.method} {self.kind}, {self.space}, shape={tuple(self.vector.shape)}{numbers})"
 
 
-def _checked(X: Any, y: Any, groups: Any) -> tuple[Tensor, Tensor]:
+def _checked(X: Any, y: Any, groups: Any, same: Any) -> tuple[Tensor, Tensor]:
     rows = as_matrix(X)
     labels = as_labels(y, len(rows))
-    group_positions(labels, groups, 0)  # says what is wrong with groups
+    for name, names in (("groups", groups), ("same", same)):
+        row_names(names, len(labels), name)
     return rows, torch.as_tensor(labels).to(rows.device)
 
 
@@ -148,21 +150,29 @@ def _held_out(
     same: Any,
     settings: dict[str, Any],
 ) -> dict[str, float]:
-    """Means over the folds on which the method finds a direction, which few rows may not be enough for."""
+    """Means over the folds on which the method finds a direction, which few rows may not be enough for.
+
+    Raises:
+        ValueError: it finds one on none of the folds.
+    """
     names, labels = None if groups is None else np.asarray(groups), y.cpu().numpy()
     scores: dict[str, list[float]] = {"held_out_auc": [], "held_out_correlation": []}
+    failure = None
     for train, test in grouped_folds(labels, names, folds, random_state, same) if folds else ():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said once, of all rows
             some = None if names is None else names[train]
             try:
                 found = _find(X[train], y[train], method, kind, some, random_state, settings)
-            except ValueError:
+            except ValueError as error:
+                failure = error
                 continue
         along = X[test] @ found.vector.reshape(-1, X.shape[1])[0]
         scores["held_out_correlation"].append(pearson(y[test], along))
         if is_binary(labels):
             scores["held_out_auc"].append(auc(y[test], along))
+    if failure is not None and not scores["held_out_correlation"]:
+        raise failure
     return {name: float(np.mean(values)) for name, values in scores.items() if values}
 
 
@@ -205,9 +215,11 @@ def find_direction(
         ValueError: X or y hold NaN, differ in length or show one class only; the method is unknown, needs two classes,
             or cannot give the kind; or the result is no direction.
     """
-    rows, labels = _checked(X, y, groups)
+    rows, labels = _checked(X, y, groups, same)
     direction = _find(rows, labels, method, kind, groups, random_state, settings)
-    held_out = _held_out(rows, labels, method, kind, groups, random_state, folds, same, settings)
+    held_out = {}
+    with suppress(ValueError):  # what finds a direction in all rows may find none in those of a fold
+        held_out = _held_out(rows, labels, method, kind, groups, random_state, folds, same, settings)
     return replace(direction, details={**held_out, **direction.details})
 
 
@@ -226,9 +238,9 @@ def held_out_auc(
     """Mean over grouped folds of the AUC of a direction found on the others; arguments as in `find_direction`.
 
     Raises:
-        ValueError: y has more than two values, or no fold has both classes on both sides.
+        ValueError: y has more than two values, no fold has both classes on both sides, or a direction in none of them.
     """
-    rows, labels = _checked(X, y, groups)
+    rows, labels = _checked(X, y, groups, same)
     found = _held_out(rows, labels, method, kind, groups, random_state, folds, same, settings)
     if "held_out_auc" not in found:
         seen = len(labels.unique())

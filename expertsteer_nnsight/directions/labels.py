@@ -43,6 +43,18 @@ def is_binary(y: Float[np.ndarray, " n"]) -> bool:
     return bool(np.isin(y, (y.min(), y.max())).all())
 
 
+def row_names(names: Any, rows: int, what: str) -> np.ndarray:
+    """A name for each row, its own where there are none.
+
+    Raises:
+        ValueError: `names` does not have one entry for each row.
+    """
+    found = np.arange(rows) if names is None else np.asarray(names)
+    if found.shape != (rows,):
+        raise ValueError(f"{what} must have one entry for each of the {rows} rows, but has shape {found.shape}.")
+    return found
+
+
 def group_positions(y: Float[np.ndarray, " n"], groups: Any, random_state: Any) -> Float[np.ndarray, " n"]:
     """A place in (0, 1) for each row, the same within a group, spread evenly over the groups with the same classes.
 
@@ -52,9 +64,7 @@ def group_positions(y: Float[np.ndarray, " n"], groups: Any, random_state: Any) 
     Raises:
         ValueError: `groups` does not have one entry for each row.
     """
-    names = np.arange(len(y)) if groups is None else np.asarray(groups)
-    if names.shape != y.shape:
-        raise ValueError(f"groups must have one entry for each of the {len(y)} rows, but has shape {names.shape}.")
+    names = row_names(groups, len(y), "groups")
     _, group = np.unique(names, return_inverse=True)
     order = check_random_state(random_state).permutation(int(group.max()) + 1)
     stratum = np.zeros(len(order), dtype=int)
@@ -90,9 +100,9 @@ def row_space(X: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n r"], Float[Tens
     return R.T.contiguous(), Q
 
 
-def joined_groups(groups: Any, same: Any) -> np.ndarray:
+def joined_groups(groups: np.ndarray, same: np.ndarray) -> np.ndarray:
     """Number of each row's group where groups that have a name of `same` in common are one."""
-    (_, left), (_, right) = (np.unique(np.asarray(names), return_inverse=True) for names in (groups, same))
+    (_, left), (_, right) = (np.unique(names, return_inverse=True) for names in (groups, same))
     size, shift = int(left.max()) + int(right.max()) + 2, int(left.max()) + 1
     links = coo_array((np.ones(len(left)), (left, right + shift)), shape=(size, size))
     return connected_components(links, directed=False)[1][left]
@@ -106,7 +116,7 @@ def grouped_folds(
     Rows of one name in `same` are copies of one another: groups that share one stay on one side together.
     """
     if same is not None:
-        groups = joined_groups(np.arange(len(y)) if groups is None else groups, same)
+        groups = joined_groups(row_names(groups, len(y), "groups"), row_names(same, len(y), "same"))
     number = np.floor(folds * group_positions(y.astype(np.float64), groups, random_state))
     for k in np.unique(number):
         train, test = np.flatnonzero(number != k), np.flatnonzero(number == k)

@@ -47,6 +47,7 @@ def control_arms(
     target_anchors: Activations,
     *,
     groups: Any = None,
+    same: Any = None,
     labelled_target: TargetStates | None = None,
     untrained: Sequence[tuple[ExpertStates, ExpertStates]] = (),
     texts: tuple[Sequence[Text], Sequence[Text]] | None = None,
@@ -61,6 +62,7 @@ def control_arms(
         expert_anchors: expert states of the anchors, layer -> `[anchor, d_expert]`.
         target_anchors: target states of the same anchors.
         groups: the pair each labelled text belongs to.
+        same: names of the labelled texts of which equal ones share one (`find_direction`).
         labelled_target: target states of the labelled texts, layer -> `[text, d_target]`, for `native`.
         untrained: states of the labelled texts and of the anchors in each untrained expert, for `untrained`.
         texts: the labelled texts and the anchors, for `text_features`.
@@ -86,7 +88,7 @@ def control_arms(
         with warnings.catch_warnings():
             if name != "native":  # that a control's direction hardly goes with the labels is as it should be
                 warnings.simplefilter("ignore", UserWarning)
-            return _named(other.fit_activations(x, labels, anchors, target_anchors, groups), name)
+            return _named(other.fit_activations(x, labels, anchors, target_anchors, groups, same=same), name)
 
     if labelled_target is not None:
         own = [(t, t) for _, t in pairs]

@@ -209,7 +209,7 @@ class ExpertSteer(BaseEstimator):
             RemoteFailure: a host, a key or a model cannot be used, or a job failed.
 
         Warns:
-            UserWarning: anchors that are labelled texts, or nearly.
+            UserWarning: anchors that are labelled texts, or nearly, or that repeat one another.
         """
         if self.select == "sweep" and self.layers is None and validation is None:
             raise ValueError(NO_VALIDATION)

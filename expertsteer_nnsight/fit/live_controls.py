@@ -17,7 +17,7 @@ from ..measure.rollouts import completions, rollouts
 from ..models.identity import ModelIdentity
 from ..models.untrained import untrained_like
 from ..steering.plan import SteeringPlan
-from ..texts.texts import Text, as_texts, copies, texts_hash
+from ..texts.texts import Text, as_texts, once, texts_hash
 
 if TYPE_CHECKING:
     from ..measure.scoring import ByText
@@ -105,8 +105,7 @@ def live_arms(
         ValueError: other anchors than those of the fit, or a live expert from a file whose aligner the file does not keep.
     """
     setting = live._setting() if setting is None else setting
-    texts = as_texts(anchors)
-    texts = [text for i, (text, first) in enumerate(zip(texts, copies(texts), strict=True)) if i == first]
+    texts = once(as_texts(anchors))  # `fit` has said so
     if live.info_.get("data", {}).get("anchors_hash") != texts_hash(texts):
         raise ValueError("The live expert was fitted on other anchors than these: give those that it was made of.")
     if not live.aligner_known_:

@@ -188,6 +188,9 @@ class LiveExpert(BaseEstimator):
         Raises:
             ValueError: settings that do not fit the models, or too few shared token ends to fit a map on.
             RemoteFailure: a host, a key or a model cannot be used, or a job failed.
+
+        Warns:
+            UserWarning: anchors that repeat one another, each of which is read once.
         """
         self._check()
         texts = once(as_texts(anchors), "anchors")

@@ -16,7 +16,7 @@ from ..models.positions import prefix_ids
 from ..models.untrained import untrained_like
 from ..states.activations import Activations
 from ..states.collecting import collect
-from ..states.fingerprint import fingerprint, untold
+from ..states.fingerprint import files_of, fingerprint, untold
 from ..texts.labelled import ContrastPairs, LabelledTexts
 from ..texts.overlap import overlap
 from ..texts.texts import Position, as_texts, once, texts_hash, tokenizer_of
@@ -59,7 +59,7 @@ class Reading:
         **settings: Any,
     ) -> None:
         self.models, self.kept, self.cache, self.settings = models, kept, cache, settings
-        self._until = ExitStack()
+        self._until, self._known = ExitStack(), {}
         expert, base = ModelIdentity.of(models["expert"][0]), models["base"][0]
         if base is None:
             self.labelled = LabelledTexts.of(pairs)
@@ -121,7 +121,7 @@ class Reading:
 
     def control_states(self, untrained: int) -> dict[str, Any]:
         """What `control_arms` takes besides. Where a base model is the other class, texts have no labels of their own."""
-        own = {"groups": self.labelled.groups}
+        own = {"groups": self.labelled.groups, "same": self.labelled.same}
         target = self.target_labelled()
         if target is not None:
             own |= {"labelled_target": target, "texts": (self.texts, self.anchor_texts)}
@@ -142,14 +142,25 @@ class Reading:
             x = {layer: torch.cat([x[layer], other[layer]]) for layer in x}
         return x, self._read(name, "anchors")
 
+    def _who(self, name: str) -> Any:
+        """What a model is known by, besides where it lies: another one may lie where one that is gone has lain.
+
+        One that is not loaded stays so if there is a cache, which may know its files.
+        """
+        if name not in self._known:
+            model, remote = self.models[name]
+            loaded = remote or self.cache is None or getattr(model, "dispatched", True)
+            files = None if loaded else files_of(model)
+            told = remote or untold(model) is None
+            self._known[name] = files or (fingerprint(model, bool(remote)) if told else object())
+        return self._known[name]
+
     def _read(self, name: str, kind: str) -> Activations:
         model, remote = self.models[name]
         texts = self.anchors if kind == "anchors" else self.texts
         layers = self.layers[name == "target"]
-        # the weights as well as the object: another model may lie where one that is gone has lain
         ends = self.ends if kind == "anchors" else None
-        same: Any = fingerprint(model, bool(remote)) if remote or untold(model) is None else object()
-        key = (id(model), same, texts_hash(texts), tuple(layers), self.position, str(ends))
+        key = (id(model), self._who(name), texts_hash(texts), tuple(layers), self.position, str(ends))
         if key in self.kept:
             return self.kept[key]
         # apart from states of whole texts, so that presets with and without further places share a cache

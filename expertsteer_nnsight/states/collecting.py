@@ -24,7 +24,7 @@ from ..ndif.argument import host_of
 from ..texts.texts import Position, as_texts, encode, texts_hash, token_index, tokenizer_of
 from ..texts.word_ends import token_ends
 from .activations import Activations
-from .fingerprint import files_of, fingerprint, untold
+from .fingerprint import files_of, fingerprint, made_of, untold
 from .forward import batches, forward
 from .shards import joined, kept_until_done, model_of_files, open_cache, write_shard
 
@@ -76,8 +76,8 @@ def collect(
         By layer, `[text, hidden]` (with `ends`, more rows than texts: `Activations.text_of`).
 
     Raises:
-        ValueError: no texts or layers, a position or an end that some text does not have, or a cache that was made with
-            another model, other texts or other settings.
+        ValueError: no texts or layers, a position or an end that some text does not have, a cache that was made with
+            another model, other texts or other settings, or one for a model with forward hooks or edits, which no cache can tell.
         IndexError: a layer that the model does not have.
         RemoteFailure: the host, the key or the model cannot be used, or a job failed.
     """
@@ -163,17 +163,17 @@ def collect(
 
 
 def _who(model: Any, folder: Path) -> tuple[str, str | None]:
-    """A local model's fingerprint, and the state of the files that it was made of, if it was loaded here.
+    """A local model's fingerprint, and the state of the files that it is made of where that is known.
 
     A model that nnsight has not loaded yet is known by its files, where the cache was made of the same ones unchanged. Else it is
     loaded: its weights may be those of the cache, wherever they lie.
     """
     files = None if getattr(model, "dispatched", True) else files_of(model)
     known = model_of_files(folder, files)
-    if known is None:
-        known = fingerprint(model)
-        files = None if files != files_of(model) else files  # written while they were loaded
-    return known, files
+    if known is not None:
+        return known, files
+    found = fingerprint(model)
+    return found, made_of(model, found)
 
 
 def _fill(memory: dict[str, Tensor], part: dict[str, Tensor], rows: list[int], n_rows: int) -> None:

@@ -30,14 +30,8 @@ _FREE = frozenset((
     "model_parallel",
 ))  # fmt: skip
 _ADAPTERS = frozenset(("active_adapter", "_active_adapter", "_disable_adapters"))  # of PEFT; one or several
-_LIBRARIES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "nnsight",
-    "bitsandbytes",
-)  # whose hooks do what the model says
+# whose hooks do what the model says
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "nnsight", "bitsandbytes")
 
 
 def fingerprint(model: Any, remote: bool = False) -> str:
@@ -51,16 +45,16 @@ def fingerprint(model: Any, remote: bool = False) -> str:
         model: wrapped by nnsight.
         remote: it runs elsewhere.
     """
-    module, digest = model._module, hashlib.sha256()
-    if remote:
-        digest.update(json.dumps(ModelIdentity.of(model).to_dict(), sort_keys=True).encode())
-    elif not getattr(model, "dispatched", True):
+    files = None
+    if not remote and not getattr(model, "dispatched", True):
+        files = files_of(model)
         model.dispatch()
-        module = model._module
+    module, digest = model._module, hashlib.sha256()
     config = config_of(model)
     if hasattr(config, "to_dict"):
         digest.update(json.dumps(_settings(config.to_dict()), sort_keys=True, default=str).encode())
     if remote:
+        digest.update(json.dumps(ModelIdentity.of(model).to_dict(), sort_keys=True).encode())
         for name, p in module.named_parameters():
             digest.update(f"{name}{tuple(p.shape)}".encode())
         return digest.hexdigest()[:16]
@@ -72,7 +66,16 @@ def fingerprint(model: Any, remote: bool = False) -> str:
         digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
         for part in _digested(_loaded(module, name, t), sample):
             digest.update(part)
-    return digest.hexdigest()[:16]
+    found = digest.hexdigest()[:16]
+    if files is not None and files == files_of(model):  # else they were written while they were loaded
+        model.__dict__["_expertsteer_made_of"] = found, files
+    return found
+
+
+def made_of(model: Any, found: str) -> str | None:
+    """The state of the files (`files_of`) that make a model of this fingerprint; None where `fingerprint` did not load it."""
+    loaded, files = model.__dict__.get("_expertsteer_made_of", (None, None))
+    return files if loaded == found else None
 
 
 def untold(model: Any) -> str | None:
@@ -106,7 +109,8 @@ def files_of(model: Any) -> str | None:
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(name, revision=getattr(model, "revision", None), local_files_only=True))
-        found = {file.name: _state(file) for file in sorted(folder.iterdir()) if file.is_file()}
+        files = sorted(file for file in folder.rglob("*") if file.is_file())  # weights may lie in a folder of it
+        found = {str(file.relative_to(folder)): _state(file) for file in files}
     except (OSError, ValueError, ImportError):  # not there, or not whole
         return None
     if not any(file.endswith((".safetensors", ".bin")) for file in found) or "adapter_config.json" in found:

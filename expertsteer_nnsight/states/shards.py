@@ -95,17 +95,21 @@ def _manifest(folder: Path) -> _Manifest | None:
         ValueError: it is damaged, or of another version of this package.
     """
     file = folder / _MANIFEST
+    damaged = f"{file} is damaged ({{}}): delete the folder, or pass another one."
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(known, dict) and known.get("version") != VERSION:
-            raise ValueError(
-                f"The cache {folder} was made by another version of expertsteer_nnsight: delete it, or pass another folder."
-            )
-        return _Manifest.model_validate(known)
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValidationError) as error:
-        raise ValueError(f"{file} is damaged ({reason(error)}): delete the folder, or pass another one.") from None
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or a number of thousands of digits
+        raise ValueError(damaged.format(reason(error))) from None
+    if isinstance(known, dict) and known.get("version") != VERSION:
+        raise ValueError(
+            f"The cache {folder} was made by another version of expertsteer_nnsight: delete it, or pass another folder."
+        )
+    try:
+        return _Manifest.model_validate(known)
+    except ValidationError as error:
+        raise ValueError(damaged.format(reason(error))) from None
 
 
 def model_of_files(folder: Path, files: str | None) -> str | None:

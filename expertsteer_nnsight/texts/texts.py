@@ -89,22 +89,26 @@ def copies(texts: Iterable[Text]) -> list[int]:
     return [first.setdefault(json.dumps(text), i) for i, text in enumerate(texts)]
 
 
-def once(texts: Sequence[Text], what: str) -> list[Text]:
+def once(texts: Sequence[Text], what: str | None = None) -> list[Text]:
     """Each text once, in their order.
+
+    Args:
+        texts: strings or chat messages.
+        what: they are, for the warning; None for none.
 
     Warns:
         UserWarning: some are there several times.
     """
-    found = [text for i, (text, first) in enumerate(zip(texts, copies(texts), strict=True)) if i == first]
-    if len(found) < len(texts):
-        repeated = next(text for i, (text, first) in enumerate(zip(texts, copies(texts), strict=True)) if i != first)
+    first = copies(texts)
+    repeated = [i for i, number in enumerate(first) if i != number]
+    if repeated and what is not None:
         warnings.warn(
-            f"{len(texts) - len(found)} of the {len(texts)} {what} repeat another one (such as {plain(repeated)[:60]!r}): each is "
+            f"{len(repeated)} of the {len(texts)} {what} repeat another one (such as {plain(texts[repeated[0]])[:60]!r}): each is "
             "read once.",
             UserWarning,
             stacklevel=3,
         )
-    return found
+    return [text for i, text in enumerate(texts) if first[i] == i]
 
 
 def tokenizer_of(model: Any) -> Any:

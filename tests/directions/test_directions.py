@@ -424,3 +424,11 @@ def test_few_pairs_give_a_direction_without_what_needs_more_of_them(method, rows
     expected = find_direction(X, [1, 0] * (rows // 2), method, groups=groups, folds=0)
     torch.testing.assert_close(found.vector, expected.vector)
     assert set(expected.details) <= set(found.details)
+
+
+def test_what_is_wrong_with_the_method_or_the_names_is_said_whatever_is_held_out():
+    X, y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), [1, 0] * 4
+    with pytest.raises(ValueError, match="Unknown method 'ldaa'"):
+        held_out_auc(X, y, "ldaa")
+    with pytest.raises(ValueError, match=r"same must have one entry for each of the 8 rows, but has shape \(3,\)"):
+        find_direction(X, y, "lda", same=[0, 1, 2])

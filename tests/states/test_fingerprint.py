@@ -210,6 +210,26 @@ def test_an_unloaded_model_is_known_by_its_files_and_stays_unloaded(tmp_path):
         states(loaded(tmp_path / "moved", dtype=torch.float64), cache)
 
 
+def test_a_fit_of_models_that_are_not_loaded_reads_nothing_twice_and_loads_nothing_the_second_time(tmp_path):
+    folders = saved(tmp_path / "expert"), saved(tmp_path / "target", seed=1)
+    pairs = [(f"{i} is so good", f"{i} is so bad") for i in range(9)]
+    anchors, steer = [f"{text} {i}" for text in TEXTS for i in range(8)], es.ExpertSteer(layers=[(1, 2)])
+    plans = []
+    for first in (True, False):
+        models = [loaded(folder) for folder in folders]
+        plans.append(steer.fit(*models, pairs, anchors, cache=tmp_path / "c", progress=False))
+        assert [model.dispatched for model in models] == [first, first]
+    assert torch.equal(plans[0].vectors[0].direction, plans[1].vectors[0].direction)
+
+
+def test_files_in_a_folder_of_the_model_count(tmp_path):
+    folder = saved(tmp_path / "m")
+    before = files_of(loaded(folder))
+    (folder / "inner").mkdir()
+    (folder / "inner" / "model.safetensors").write_bytes(b"1")
+    assert files_of(loaded(folder)) not in (None, before)
+
+
 def test_files_that_were_touched_in_the_same_size_are_another_state(tmp_path):
     folder = saved(tmp_path / "m")
     model = loaded(folder)
@@ -220,20 +240,17 @@ def test_files_that_were_touched_in_the_same_size_are_another_state(tmp_path):
     assert files_of(model) not in (None, before)
     (folder / "adapter_config.json").write_text("{}")
     assert files_of(model) is None  # the model that it adapts lies elsewhere
-    assert files_of(tiny.build("llama")) is None
-    assert (
-        files_of(
-            TransformersModel(
-                copy.deepcopy(tiny.build("llama")._module), tokenizer=tiny.tokenizer(), task="text-generation"
-            )
-        )
-        is None
-    )
+    made = tiny.build("llama")
+    in_memory = TransformersModel(copy.deepcopy(made._module), tokenizer=made.tokenizer, task="text-generation")
+    assert files_of(made) is None and files_of(in_memory) is None
 
 
-def test_a_cache_whose_model_was_changed_after_it_was_loaded_is_not_known_by_its_files(tmp_path):
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_cache_whose_model_was_changed_after_it_was_loaded_is_not_known_by_its_files(lazy, tmp_path):
     folder = saved(tmp_path / "m")
-    model = loaded(folder, dispatch=True)
+    model = loaded(folder, dispatch=not lazy)
+    if lazy:
+        states(model, tmp_path / "before")
     with torch.no_grad():
         model._module.model.layers[1].mlp.down_proj.weight.zero_()
     states(model, tmp_path / "c")
@@ -291,7 +308,7 @@ def test_a_tokenizer_is_known_by_what_it_does():
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "null", '{"version": 2}', "{", "[" * 5000, '{"version": 2, "model": 3}', "\ud800"]
+    "content", ["", "[]", "null", '{"version": 2}', "{", "[" * 5000, "9" * 5000, '{"version": 2, "model": 3}', "\ud800"]
 )
 def test_a_damaged_manifest_is_one_sentence(content, tmp_path):
     cache = tmp_path / "c"
